@@ -1,0 +1,165 @@
+//! The plugin boundary: what a virtual machine monitor must offer so that Umbra can shadow its guests.
+//!
+//! [`Guest`] is the whole contract. `vmm/machine` implements it over KVM; `vmm/node` drives *any* guest through it and
+//! cannot reach `machine`; another VMM embeds Umbra by implementing this one trait.
+//!
+//! ```text
+//!                 source                                     shadow
+//!   describe ──────────────────────────────────▶ GuestBuilder::build   (a guest that has never run)
+//!   track(true)
+//!   harvest, read_pages … (running) ────────────▶ apply_pages …
+//!   pause
+//!   harvest, save, harvest, read_pages ─────────▶ apply_pages, restore
+//!   (gives up)  ────────────── go ──────────────▶ resume
+//! ```
+//!
+//! # Dirty pages across failed attempts
+//!
+//! No write may fall between two harvests (DESIGN §3.2). A harvest *consumes*: KVM's log and the device bitmap both
+//! start afresh. So whoever harvests owns what it got, and either hands it to the ledger or gives it back with
+//! [`Guest::put_back`], also when half of the harvest failed. An implementation that cannot tell which pages were
+//! written (a log read failed after another was cleared) must report all of them at the next harvest.
+//!
+//! All methods take `&self` and may be called from several threads: pages are read while the guest runs and while the
+//! next harvest is taken. They block; the node calls them from threads that may.
+
+use std::sync::Arc;
+
+use umbra_units::{PAGE_SIZE, PageCount, PageId, PageSet, Pfn, SpaceId};
+
+/// One page's bytes.
+pub type PageBytes = [u8; PAGE_SIZE];
+
+/// A space of pages the guest has, and which of them exist.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Space {
+    /// Its number; RAM is [`SpaceId::RAM`].
+    pub id: SpaceId,
+    /// One past the highest page number, holes included.
+    pub pages: PageCount,
+    /// The runs of pages that exist, ascending and disjoint. RAM has a hole below 4 GiB for devices.
+    pub present: Vec<(Pfn, PageCount)>,
+}
+
+impl Space {
+    /// RAM without holes.
+    pub fn ram(pages: PageCount) -> Self {
+        Self { id: SpaceId::RAM, pages, present: vec![(Pfn(0), pages)] }
+    }
+
+    /// How many pages exist.
+    pub fn present_pages(&self) -> PageCount {
+        self.present.iter().map(|(_, count)| *count).sum()
+    }
+
+    /// The pages that exist, as a set.
+    pub fn present_set(&self) -> PageSet {
+        let mut set = PageSet::new(self.pages);
+        for (first, count) in &self.present {
+            for n in 0..count.0 {
+                set.insert(*first + PageCount(n));
+            }
+        }
+        set
+    }
+}
+
+/// The pages of each space written since the previous harvest: KVM's log joined with the VMM's own writes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Harvest {
+    /// One set per space that has written pages; at most one per space.
+    pub dirty: Vec<(SpaceId, PageSet)>,
+}
+
+impl Harvest {
+    /// How many pages were written.
+    pub fn count(&self) -> PageCount {
+        self.dirty.iter().map(|(_, set)| set.count()).sum()
+    }
+}
+
+/// A piece of saved state that only its owner understands: a vCPU's registers, a device's queues.
+///
+/// `kind` names the owner and instance (`vcpu/0`, `serial/0`). An unknown kind or version is a refusal, never a guess.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StateRecord {
+    /// Whose state this is; at most [`limits::RECORD_KIND_BYTES`](crate::limits::RECORD_KIND_BYTES) long.
+    pub kind: String,
+    /// The layout of `bytes`, by its owner's own count.
+    pub version: u32,
+    /// The state; at most [`limits::RECORD_BYTES`](crate::limits::RECORD_BYTES) long.
+    pub bytes: Vec<u8>,
+}
+
+/// Why a guest could not do as asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum GuestError {
+    /// The host refused: a system call failed, memory ran out. The guest's own state is unharmed.
+    #[error("{0}")]
+    Host(String),
+    /// The state or description is for a machine this one cannot be: an unknown kind, a CPU feature that is missing.
+    #[error("{0}")]
+    Incompatible(String),
+    /// The state is not what its owner wrote.
+    #[error("{0}")]
+    Malformed(String),
+    /// Asked at the wrong time, for example to save a running guest.
+    #[error("{0}")]
+    WrongState(&'static str),
+}
+
+/// A virtual machine as Umbra needs to see it. See the [module](self) for the order of calls.
+pub trait Guest: Send + Sync {
+    /// What [`GuestBuilder::build`] on another host needs to build this guest's twin.
+    fn describe(&self) -> StateRecord;
+
+    /// The guest's spaces. Never changes while the guest lives.
+    fn spaces(&self) -> Vec<Space>;
+
+    /// Start or stop recording writes. Starting twice is harmless. The first harvest after starting may report more
+    /// pages than were written, never fewer.
+    fn track(&self, on: bool) -> Result<(), GuestError>;
+
+    /// Take the pages written since the previous harvest. See the module on failure.
+    fn harvest(&self) -> Result<Harvest, GuestError>;
+
+    /// Report these pages again at the next harvest: nobody took care of them.
+    fn put_back(&self, harvest: &Harvest);
+
+    /// Copy `pages` of `space`, in order, to the end of `out`. While the guest runs a page may be torn, in which case
+    /// it is also in the next harvest.
+    fn read_pages(&self, space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError>;
+
+    /// Copy one page of a guest that is not running, to use as a delta's base or to verify.
+    fn read_page(&self, page: PageId, out: &mut PageBytes) -> Result<(), GuestError>;
+
+    /// Write pages of a guest that is not running. Different pages may be written from different threads at once.
+    fn apply_page(&self, page: PageId, bytes: &PageBytes) -> Result<(), GuestError>;
+
+    /// Stop every vCPU and quiesce every device; returns when nothing of the guest executes any more. Writes that were
+    /// under way are complete, and appear in the next harvest.
+    fn pause(&self) -> Result<(), GuestError>;
+
+    /// Let a paused or restored guest run.
+    fn resume(&self) -> Result<(), GuestError>;
+
+    /// The state of everything but the spaces, of a paused guest. Saving may itself write to guest memory: harvest
+    /// once more afterwards.
+    fn save(&self) -> Result<Vec<StateRecord>, GuestError>;
+
+    /// Take on saved state, on a guest that is not running. All or nothing: after an error the guest may be restored
+    /// again, never run.
+    fn restore(&self, records: &[StateRecord]) -> Result<(), GuestError>;
+
+    /// Keep what the guest sends to the outside (packets, console bytes) instead of releasing it.
+    fn hold_output(&self);
+
+    /// Release what was held, in order, and hold no longer.
+    fn release_output(&self);
+}
+
+/// Builds the twin of a described guest: memory, vCPUs and devices in place, nothing running.
+pub trait GuestBuilder: Send + Sync {
+    /// Build it, or say by name what this host lacks.
+    fn build(&self, description: &StateRecord) -> Result<Arc<dyn Guest>, GuestError>;
+}

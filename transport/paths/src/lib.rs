@@ -1,0 +1,1 @@
+//! Several unreliable paths as one good one, without I/O.

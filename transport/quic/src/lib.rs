@@ -1,0 +1,1 @@
+//! QUIC connections for Umbra's links: quinn and nothing clever.

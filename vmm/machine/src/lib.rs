@@ -1,0 +1,1 @@
+//! A KVM virtual machine, and the only unsafe code in the product.
