@@ -44,7 +44,11 @@ pub struct Space {
 impl Space {
     /// RAM without holes.
     pub fn ram(pages: PageCount) -> Self {
-        Self { id: SpaceId::RAM, pages, present: vec![(Pfn(0), pages)] }
+        Self {
+            id: SpaceId::RAM,
+            pages,
+            present: vec![(Pfn(0), pages)],
+        }
     }
 
     /// How many pages exist.
@@ -119,6 +123,12 @@ pub trait Guest: Send + Sync {
     /// Start or stop recording writes. Starting twice is harmless. The first harvest after starting may report more
     /// pages than were written, never fewer.
     fn track(&self, on: bool) -> Result<(), GuestError>;
+
+    /// Pages that certainly hold zeros because nothing has touched them since the guest was built. Asked once, after
+    /// [`track`](Self::track) began to record: what is written later is in the harvests. Knowing none is always right.
+    fn untouched(&self) -> Harvest {
+        Harvest::default()
+    }
 
     /// Take the pages written since the previous harvest. See the module on failure.
     fn harvest(&self) -> Result<Harvest, GuestError>;

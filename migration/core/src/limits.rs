@@ -11,3 +11,39 @@ pub const RECORDS: usize = 1024;
 
 /// Longest error or reason text that travels to the other side.
 pub const TEXT_BYTES: usize = 1024;
+
+/// Most pages of one batch: 1 MiB of memory, so that a batch is applied in well under a millisecond.
+pub const BATCH_PAGES: usize = 256;
+
+/// Largest batch on the wire: every page raw with its entry, and the records of a cut.
+pub const BATCH_BYTES: usize = BATCH_PAGES * (umbra_units::PAGE_SIZE + 32) + CLOSE_BYTES;
+
+/// Largest set of state records in a cut: 255 vCPUs of 16 KiB and as much again for devices.
+pub const CLOSE_BYTES: usize = 8 << 20;
+
+/// Largest control message: the description of a guest and its spaces.
+pub const MESSAGE_BYTES: usize = 1 << 20;
+
+/// Most protocol versions one hello may offer.
+pub const VERSIONS: usize = 16;
+
+/// Most spaces of one guest: RAM and 254 disks.
+pub const SPACES: usize = 255;
+
+/// Most runs of present pages in one space. RAM has two; a hot-plugged machine a few dozen.
+pub const SPACE_RUNS: usize = 256;
+
+/// Most pages of one space: 16 TiB, and what a 32-bit page number on the wire can name.
+pub const SPACE_PAGES: u64 = 1 << 32;
+
+/// Most batches a source keeps unacknowledged: 256 MiB of pages at 64 a batch.
+pub const BATCHES_IN_FLIGHT: usize = 1024;
+
+/// Most batches acknowledged in one message.
+pub const HELD_AT_ONCE: usize = BATCHES_IN_FLIGHT;
+
+/// Most batches a shadow has applied beyond one that is missing: a correct source has fewer in flight.
+pub const BATCHES_BEYOND: usize = 2 * BATCHES_IN_FLIGHT;
+
+/// Most reasons a shadow gives against a switchover.
+pub const REASONS: usize = 32;

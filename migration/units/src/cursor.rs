@@ -53,7 +53,11 @@ impl<'a> Reader<'a> {
 
     /// The next `n` bytes.
     pub fn take(&mut self, n: usize, what: &'static str) -> Result<&'a [u8], Malformed> {
-        let end = self.at.checked_add(n).filter(|end| *end <= self.bytes.len()).ok_or(self.malformed(what))?;
+        let end = self
+            .at
+            .checked_add(n)
+            .filter(|end| *end <= self.bytes.len())
+            .ok_or_else(|| self.malformed(what))?;
         let taken = &self.bytes[self.at..end];
         self.at = end;
         Ok(taken)
@@ -95,7 +99,11 @@ impl<'a> Reader<'a> {
     pub fn len_within(&mut self, limit: usize, what: &'static str) -> Result<usize, Malformed> {
         let at = self.at;
         let len = usize::try_from(self.u32(what)?).unwrap_or(usize::MAX);
-        if len > limit { Err(Malformed { what, at }) } else { Ok(len) }
+        if len > limit {
+            Err(Malformed { what, at })
+        } else {
+            Ok(len)
+        }
     }
 
     /// A length-prefixed byte string of at most `limit` bytes.
@@ -119,7 +127,11 @@ impl<'a> Reader<'a> {
 
     /// Succeeds only when everything was consumed: trailing bytes are somebody's misunderstanding.
     pub fn finish(self, what: &'static str) -> Result<(), Malformed> {
-        if self.remaining() == 0 { Ok(()) } else { Err(self.malformed(what)) }
+        if self.remaining() == 0 {
+            Ok(())
+        } else {
+            Err(self.malformed(what))
+        }
     }
 }
 
@@ -137,7 +149,9 @@ impl Writer {
 
     /// Start with nothing, and room for `capacity` bytes.
     pub fn with_capacity(capacity: usize) -> Self {
-        Self { bytes: Vec::with_capacity(capacity) }
+        Self {
+            bytes: Vec::with_capacity(capacity),
+        }
     }
 
     /// How many bytes were written.
@@ -186,7 +200,8 @@ impl Writer {
     /// # Panics
     /// When `bytes` is longer than a `u32` can say: the caller's own limits are far below.
     pub fn bytes(&mut self, bytes: &[u8]) -> &mut Self {
-        self.u32(u32::try_from(bytes.len()).expect("limits.rs keeps every length far below 4 GiB")).put(bytes)
+        self.u32(u32::try_from(bytes.len()).expect("limits.rs keeps every length far below 4 GiB"))
+            .put(bytes)
     }
 
     /// A length-prefixed string, cut at a character boundary to at most `limit` bytes: a peer's bound on an error text
@@ -241,7 +256,10 @@ mod tests {
     fn a_length_beyond_its_limit_is_refused_before_it_is_believed() {
         let mut w = Writer::new();
         w.u32(u32::MAX);
-        assert_eq!(Reader::new(w.as_slice()).bytes_within(16, "name"), Err(Malformed { what: "name", at: 0 }));
+        assert_eq!(
+            Reader::new(w.as_slice()).bytes_within(16, "name"),
+            Err(Malformed { what: "name", at: 0 })
+        );
     }
 
     #[test]

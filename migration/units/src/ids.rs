@@ -91,7 +91,10 @@ mod tests {
         let mut id = [0u8; 16];
         id[0] = 0xab;
         assert_eq!(GuestId(id).to_string(), "ab000000000000000000000000000000");
-        assert_eq!(format!("{:?}", SessionId(id)), "SessionId(ab000000000000000000000000000000)");
+        assert_eq!(
+            format!("{:?}", SessionId(id)),
+            "SessionId(ab000000000000000000000000000000)"
+        );
         assert_eq!(Epoch(3).next(), Epoch(4));
     }
 }

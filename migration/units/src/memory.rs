@@ -113,7 +113,10 @@ pub struct PageId {
 impl PageId {
     /// The page `pfn` of RAM.
     pub const fn ram(pfn: Pfn) -> Self {
-        Self { space: SpaceId::RAM, pfn }
+        Self {
+            space: SpaceId::RAM,
+            pfn,
+        }
     }
 }
 
@@ -143,7 +146,10 @@ const WORD: u64 = u64::BITS as u64;
 impl PageSet {
     /// An empty set over a space of `capacity` pages.
     pub fn new(capacity: PageCount) -> Self {
-        Self { words: vec![0; index(capacity.0.div_ceil(WORD))], capacity }
+        Self {
+            words: vec![0; index(capacity.0.div_ceil(WORD))],
+            capacity,
+        }
     }
 
     /// Every page of a space of `capacity` pages.
@@ -190,7 +196,11 @@ impl PageSet {
     /// # Panics
     /// When the space has no such page.
     pub fn insert(&mut self, pfn: Pfn) -> bool {
-        assert!(pfn.0 < self.capacity.0, "page {pfn} is beyond a space of {} pages", self.capacity);
+        assert!(
+            pfn.0 < self.capacity.0,
+            "page {pfn} is beyond a space of {} pages",
+            self.capacity
+        );
         let word = &mut self.words[index(pfn.0 / WORD)];
         let bit = 1 << (pfn.0 % WORD);
         let new = *word & bit == 0;
@@ -213,7 +223,10 @@ impl PageSet {
     /// When the spaces differ in size.
     pub fn union_with(&mut self, other: &Self) {
         assert_eq!(self.capacity, other.capacity, "sets of different spaces");
-        self.words.iter_mut().zip(&other.words).for_each(|(mine, theirs)| *mine |= theirs);
+        self.words
+            .iter_mut()
+            .zip(&other.words)
+            .for_each(|(mine, theirs)| *mine |= theirs);
     }
 
     /// Take every page of `other` out.
@@ -222,7 +235,10 @@ impl PageSet {
     /// When the spaces differ in size.
     pub fn subtract(&mut self, other: &Self) {
         assert_eq!(self.capacity, other.capacity, "sets of different spaces");
-        self.words.iter_mut().zip(&other.words).for_each(|(mine, theirs)| *mine &= !theirs);
+        self.words
+            .iter_mut()
+            .zip(&other.words)
+            .for_each(|(mine, theirs)| *mine &= !theirs);
     }
 
     /// Empty the set.
@@ -284,7 +300,10 @@ mod tests {
     #[test]
     fn bits_past_the_end_do_not_exist() {
         assert_eq!(PageSet::full(PageCount(65)).count(), PageCount(65));
-        assert_eq!(PageSet::from_words(vec![u64::MAX; 9], PageCount(3)).count(), PageCount(3));
+        assert_eq!(
+            PageSet::from_words(vec![u64::MAX; 9], PageCount(3)).count(),
+            PageCount(3)
+        );
         assert_eq!(PageSet::full(PageCount(0)).count(), PageCount(0));
     }
 

@@ -82,7 +82,10 @@ mod tests {
     fn a_seed_names_one_sequence_for_ever() {
         let mut rng = Rng::new(1);
         let draws: Vec<u64> = (0..3).map(|_| rng.next_u64()).collect();
-        assert_eq!(draws, [0xcfc5_d07f_6f03_c29b, 0xbf42_4132_963f_e08d, 0x19a3_7d57_57aa_f520]);
+        assert_eq!(
+            draws,
+            [0xcfc5_d07f_6f03_c29b, 0xbf42_4132_963f_e08d, 0x19a3_7d57_57aa_f520]
+        );
     }
 
     #[test]

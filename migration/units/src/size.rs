@@ -53,7 +53,11 @@ impl Sub for Bytes {
     /// # Panics
     /// When `other` is larger: an accounting bug, never the peer's doing.
     fn sub(self, other: Self) -> Self {
-        Self(self.0.checked_sub(other.0).expect("more bytes taken away than there are"))
+        Self(
+            self.0
+                .checked_sub(other.0)
+                .expect("more bytes taken away than there are"),
+        )
     }
 }
 
@@ -135,7 +139,11 @@ impl Ratio {
     /// `part` of `whole`; all of it when the whole is empty, and never more than all.
     #[expect(clippy::cast_precision_loss, reason = "a share needs no more than 53 bits")]
     pub fn of(part: u64, whole: u64) -> Self {
-        if whole == 0 { Self::ALL } else { Self((part as f64 / whole as f64).min(1.0)) }
+        if whole == 0 {
+            Self::ALL
+        } else {
+            Self((part as f64 / whole as f64).min(1.0))
+        }
     }
 
     /// The share as a number within `0.0..=1.0`.

@@ -1,0 +1,415 @@
+//! What the shadow is known to hold.
+//!
+//! The ledger answers one question: for each page, is the newest version the guest wrote acknowledged? A harvested bit
+//! becomes *debt* and stays debt until the shadow acknowledges a batch that carried the page's content from after that
+//! harvest; a failed attempt loses none (DESIGN §3.2). It does not decide *when* to send and never sees page contents.
+//!
+//! ```text
+//!            harvest                     take                       held
+//!   (clear) ─────────▶ owed ────────────────────────▶ in flight ───────────▶ (clear)
+//!                       ▲  ▲ harvest: owed again, and    │
+//!                       │  └── still in flight ──────────┤
+//!                       └──────── lost ──────────────────┘
+//! ```
+//!
+//! A page may be owed *and* in flight: it was written again while an older copy travelled. Only the newest shipment of a
+//! page matters: when an older one is acknowledged, the page stays in flight.
+
+use std::collections::BTreeMap;
+
+use umbra_units::{BatchId, PageCount, PageId, PageSet, Pfn, SpaceId};
+
+use crate::guest::{Harvest, Space};
+
+/// What the next copy of a page may be encoded against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Base {
+    /// The shadow holds exactly the content this batch carried ([`BatchId`] 0: zeros, the page never travelled).
+    Held(BatchId),
+    /// A copy is on its way: whole content must be sent, but equal content need not be sent again.
+    InFlight,
+    /// Unknown: send the whole content whatever it is.
+    Unknown,
+}
+
+/// A page to be shipped, and what the shadow has of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owed {
+    /// Which page.
+    pub page: PageId,
+    /// What its next copy may be encoded against.
+    pub base: Base,
+}
+
+/// Never shipped in this session: the shadow's page is zeros.
+const NEVER: u64 = 0;
+/// What was shipped did not arrive: the shadow's page is something else.
+const LOST: u64 = u64::MAX;
+
+/// The debt of one session. See the [module](self).
+#[derive(Debug)]
+pub struct Ledger {
+    spaces: BTreeMap<SpaceId, SpaceLedger>,
+    in_flight: BTreeMap<BatchId, Vec<PageId>>,
+    /// Always above every batch in flight; batch 0 stands for "never shipped".
+    next: BatchId,
+}
+
+#[derive(Debug)]
+struct SpaceLedger {
+    present: PageSet,
+    owed: PageSet,
+    /// Pages whose newest shipment is not acknowledged.
+    travelling: PageSet,
+    /// Pages whose content the shadow has held at least once since the session began.
+    seeded: PageSet,
+    /// Per page, the newest batch that carried it, or [`NEVER`], or [`LOST`].
+    newest: Vec<u64>,
+    /// Where the next walk for owed pages begins, so that no page starves.
+    cursor: Pfn,
+}
+
+impl Ledger {
+    /// The ledger of a new session: every present page is owed.
+    pub fn new(spaces: &[Space]) -> Self {
+        let spaces = spaces
+            .iter()
+            .map(|space| {
+                let present = space.present_set();
+                let ledger = SpaceLedger {
+                    owed: present.clone(),
+                    travelling: PageSet::new(space.pages),
+                    seeded: PageSet::new(space.pages),
+                    newest: vec![NEVER; index(Pfn(space.pages.0))],
+                    cursor: Pfn(0),
+                    present,
+                };
+                (space.id, ledger)
+            })
+            .collect();
+        Self {
+            spaces,
+            in_flight: BTreeMap::new(),
+            next: BatchId(1),
+        }
+    }
+
+    /// The guest wrote these pages. Pages outside the guest's spaces are the host's mistake and are ignored.
+    pub fn owe(&mut self, harvest: &Harvest) {
+        for (space, dirty) in &harvest.dirty {
+            if let Some(ledger) = self.spaces.get_mut(space) {
+                let mut dirty = PageSet::from_words(dirty.words().to_vec(), ledger.present.capacity());
+                let mut absent = dirty.clone();
+                absent.subtract(&ledger.present);
+                dirty.subtract(&absent);
+                ledger.owed.union_with(&dirty);
+            }
+        }
+    }
+
+    /// These pages were never touched since the guest was built: zeros, which a new shadow holds already. To be called
+    /// before anything was taken, with what was found *after* writes began to be recorded.
+    pub fn untouched(&mut self, zeros: &Harvest) {
+        for (space, set) in &zeros.dirty {
+            let Some(ledger) = self.spaces.get_mut(space) else {
+                continue;
+            };
+            if set.capacity() == ledger.present.capacity() {
+                for pfn in set
+                    .iter()
+                    .filter(|pfn| ledger.present.contains(*pfn) && ledger.newest[index(*pfn)] == NEVER)
+                {
+                    ledger.owed.remove(pfn);
+                    ledger.seeded.insert(pfn);
+                }
+            }
+        }
+    }
+
+    /// Owe single pages again, for example because an audit found them different.
+    pub fn owe_pages(&mut self, pages: &[PageId]) {
+        for page in pages {
+            if let Some(ledger) = self
+                .spaces
+                .get_mut(&page.space)
+                .filter(|ledger| ledger.present.contains(page.pfn))
+            {
+                ledger.owed.insert(page.pfn);
+                ledger.travelling.remove(page.pfn);
+                ledger.newest[index(page.pfn)] = LOST;
+            }
+        }
+    }
+
+    /// Take up to `most` owed pages into a new batch, which is in flight from now on. An empty batch is a batch too: a
+    /// cut may have nothing to say but its records.
+    pub fn take(&mut self, most: PageCount) -> (BatchId, Vec<Owed>) {
+        let batch = self.next;
+        self.next = batch.next();
+        let mut taken = Vec::new();
+        for (id, ledger) in &mut self.spaces {
+            let left = most.0.saturating_sub(taken.len() as u64);
+            let pfns: Vec<Pfn> = ledger.walk().take(index(Pfn(left))).collect();
+            for pfn in pfns {
+                taken.push(Owed {
+                    page: PageId { space: *id, pfn },
+                    base: ledger.take(pfn, batch),
+                });
+            }
+        }
+        self.in_flight
+            .insert(batch, taken.iter().map(|owed| owed.page).collect());
+        (batch, taken)
+    }
+
+    /// The shadow holds this batch. Unknown batches are ignored: acknowledgements repeat.
+    pub fn held(&mut self, batch: BatchId) {
+        for page in self.in_flight.remove(&batch).unwrap_or_default() {
+            let ledger = self
+                .spaces
+                .get_mut(&page.space)
+                .expect("pages in flight come from known spaces");
+            // covered by: an_old_acknowledgement_does_not_clear_a_newer_shipment
+            if ledger.newest[index(page.pfn)] == batch.0 {
+                ledger.travelling.remove(page.pfn);
+            }
+            ledger.seeded.insert(page.pfn);
+        }
+    }
+
+    /// This batch will never arrive: what it carried is owed again.
+    pub fn lost(&mut self, batch: BatchId) {
+        for page in self.in_flight.remove(&batch).unwrap_or_default() {
+            let ledger = self
+                .spaces
+                .get_mut(&page.space)
+                .expect("pages in flight come from known spaces");
+            if ledger.newest[index(page.pfn)] == batch.0 {
+                ledger.travelling.remove(page.pfn);
+                ledger.owed.insert(page.pfn);
+                ledger.newest[index(page.pfn)] = LOST;
+            }
+        }
+    }
+
+    /// Pages written but not yet taken into a batch.
+    pub fn owed(&self) -> PageCount {
+        self.spaces.values().map(|ledger| ledger.owed.count()).sum()
+    }
+
+    /// Pages whose newest content the shadow has not acknowledged: owed or in flight.
+    pub fn debt(&self) -> PageCount {
+        self.spaces
+            .values()
+            .map(|ledger| {
+                let mut debt = ledger.owed.clone();
+                debt.union_with(&ledger.travelling);
+                debt.count()
+            })
+            .sum()
+    }
+
+    /// Everything that is debt, as a harvest: what a host must be told when the session ends and nobody took care.
+    pub fn debt_pages(&self) -> Harvest {
+        let dirty = self.spaces.iter().map(|(id, ledger)| {
+            let mut debt = ledger.owed.clone();
+            debt.union_with(&ledger.travelling);
+            (*id, debt)
+        });
+        Harvest { dirty: dirty.collect() }
+    }
+
+    /// Batches not yet acknowledged.
+    pub fn batches_in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// Pages the shadow has held at least once. Never decreases: progress that an operator sees does not run backwards.
+    pub fn seeded(&self) -> PageCount {
+        self.spaces.values().map(|ledger| ledger.seeded.count()).sum()
+    }
+
+    /// Pages that exist.
+    pub fn present(&self) -> PageCount {
+        self.spaces.values().map(|ledger| ledger.present.count()).sum()
+    }
+}
+
+impl SpaceLedger {
+    /// Owed pages from the cursor on, once around.
+    fn walk(&self) -> impl Iterator<Item = Pfn> + '_ {
+        self.owed
+            .from(self.cursor)
+            .chain(self.owed.iter().take_while(|pfn| *pfn < self.cursor))
+    }
+
+    fn take(&mut self, pfn: Pfn, batch: BatchId) -> Base {
+        self.owed.remove(pfn);
+        self.cursor = pfn + PageCount(1);
+        let in_flight = !self.travelling.insert(pfn);
+        let newest = std::mem::replace(&mut self.newest[index(pfn)], batch.0);
+        match newest {
+            LOST => Base::Unknown,
+            _ if in_flight => Base::InFlight,
+            held => Base::Held(BatchId(held)),
+        }
+    }
+}
+
+fn index(pfn: Pfn) -> usize {
+    usize::try_from(pfn.0).expect("a page number of a mapped space fits the address space")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use umbra_units::Rng;
+
+    fn ledger(pages: u64) -> Ledger {
+        Ledger::new(&[Space::ram(PageCount(pages))])
+    }
+
+    fn writes(pages: u64, pfns: &[u64]) -> Harvest {
+        let mut set = PageSet::new(PageCount(pages));
+        pfns.iter().for_each(|pfn| {
+            set.insert(Pfn(*pfn));
+        });
+        Harvest {
+            dirty: vec![(SpaceId::RAM, set)],
+        }
+    }
+
+    #[test]
+    fn debt_is_cleared_by_an_acknowledgement_and_by_nothing_else() {
+        let mut ledger = ledger(10);
+        assert_eq!(ledger.debt(), PageCount(10));
+        let (batch, taken) = ledger.take(PageCount(4));
+        assert_eq!(taken.len(), 4);
+        assert_eq!((ledger.owed(), ledger.debt()), (PageCount(6), PageCount(10)));
+        ledger.held(batch);
+        assert_eq!((ledger.debt(), ledger.seeded()), (PageCount(6), PageCount(4)));
+        ledger.held(batch);
+        assert_eq!(ledger.debt(), PageCount(6));
+    }
+
+    #[test]
+    fn a_page_written_while_it_travels_is_owed_again() {
+        let mut ledger = ledger(1);
+        let (first, _) = ledger.take(PageCount(1));
+        ledger.owe(&writes(1, &[0]));
+        ledger.held(first);
+        assert_eq!(ledger.debt(), PageCount(1));
+    }
+
+    #[test]
+    fn an_old_acknowledgement_does_not_clear_a_newer_shipment() {
+        let mut ledger = ledger(1);
+        let (first, _) = ledger.take(PageCount(1));
+        ledger.owe(&writes(1, &[0]));
+        let (second, taken) = ledger.take(PageCount(1));
+        assert_eq!(taken[0].base, Base::InFlight);
+        ledger.held(first);
+        assert_eq!(ledger.debt(), PageCount(1));
+        ledger.owe(&writes(1, &[0]));
+        let (third, taken) = ledger.take(PageCount(1));
+        assert_eq!(taken[0].base, Base::InFlight, "the second copy is still on its way");
+        ledger.held(second);
+        ledger.held(third);
+        assert_eq!(ledger.debt(), PageCount::ZERO);
+        ledger.owe(&writes(1, &[0]));
+        assert_eq!(ledger.take(PageCount(1)).1[0].base, Base::Held(third));
+    }
+
+    #[test]
+    fn a_lost_batch_is_owed_again_and_nothing_may_lean_on_it() {
+        let mut ledger = ledger(2);
+        let (batch, _) = ledger.take(PageCount(2));
+        ledger.lost(batch);
+        assert_eq!(ledger.owed(), PageCount(2));
+        assert!(
+            ledger
+                .take(PageCount(2))
+                .1
+                .iter()
+                .all(|owed| owed.base == Base::Unknown)
+        );
+    }
+
+    #[test]
+    fn no_page_starves_while_others_are_written_over_and_over() {
+        let mut ledger = ledger(8);
+        for round in 0..8 {
+            ledger.owe(&writes(8, &[0]));
+            let (batch, _) = ledger.take(PageCount(2));
+            ledger.held(batch);
+            if round >= 5 {
+                assert_eq!(ledger.seeded(), PageCount(8));
+            }
+        }
+    }
+
+    #[test]
+    fn pages_that_do_not_exist_are_never_owed() {
+        let space = Space {
+            id: SpaceId::RAM,
+            pages: PageCount(10),
+            present: vec![(Pfn(0), PageCount(2)), (Pfn(8), PageCount(2))],
+        };
+        let mut ledger = Ledger::new(&[space]);
+        ledger.owe(&writes(10, &[5]));
+        ledger.owe_pages(&[PageId::ram(Pfn(6))]);
+        let taken: Vec<u64> = ledger
+            .take(PageCount(100))
+            .1
+            .iter()
+            .map(|owed| owed.page.pfn.0)
+            .collect();
+        assert_eq!(taken, [0, 1, 8, 9]);
+    }
+
+    /// After any schedule of writes, shipments, acknowledgements and losses: a page whose newest version the model's
+    /// shadow lacks is debt.
+    #[test]
+    fn whatever_happens_no_write_is_forgotten() {
+        for seed in 0..500 {
+            let mut rng = Rng::new(seed);
+            let pages = 1 + rng.below(12);
+            let mut ledger = ledger(pages);
+            let mut written = vec![1u64; usize::try_from(pages).unwrap()];
+            let mut held = vec![0u64; written.len()];
+            let mut flying: Vec<(BatchId, Vec<(usize, u64)>)> = Vec::new();
+            for _ in 0..200 {
+                match rng.below(4) {
+                    0 => {
+                        let pfn = rng.below(pages);
+                        written[usize::try_from(pfn).unwrap()] += 1;
+                        ledger.owe(&writes(pages, &[pfn]));
+                    }
+                    1 => {
+                        let (batch, taken) = ledger.take(PageCount(1 + rng.below(4)));
+                        let copies = taken.iter().map(|owed| usize::try_from(owed.page.pfn.0).unwrap());
+                        flying.push((batch, copies.map(|i| (i, written[i])).collect()));
+                    }
+                    _ if flying.is_empty() => {}
+                    fate => {
+                        let at = usize::try_from(rng.below(flying.len() as u64)).unwrap();
+                        let (batch, copies) = flying.swap_remove(at);
+                        if fate == 2 {
+                            copies.iter().for_each(|(i, version)| held[*i] = held[*i].max(*version));
+                            ledger.held(batch);
+                        } else {
+                            ledger.lost(batch);
+                        }
+                    }
+                }
+                let debt = &ledger.debt_pages().dirty[0].1;
+                for (i, (written, held)) in written.iter().zip(&held).enumerate() {
+                    assert!(
+                        written == held || debt.contains(Pfn(i as u64)),
+                        "seed {seed}: page {i} forgotten"
+                    );
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,553 @@
+//! The source: where the guest runs, until it does not.
+//!
+//! A state machine without I/O. It is told what happened (`handle_*`), asked what to do ([`Source::poll_output`],
+//! [`Source::take_plan`], [`Source::poll_timeout`]), and otherwise sits still. It decides page numbers; the node moves
+//! their bytes.
+//!
+//! ```text
+//!  Joining ──▶ Seeding ──▶ Following ◀─────── withdraw ───────┐
+//!                              │ switchover wanted,           │
+//!                              │ debt small enough            │
+//!                              ▼                              │
+//!   pause ▶ harvest ▶ save ▶ harvest ▶ closing batch ▶ [prepared?] ──▶ gave up ▶ go ▶ Done
+//!  └──────────────────────── Final ───────────────────────┘        └── HandedOver ──┘
+//! ```
+//!
+//! # The commit point
+//!
+//! Until the source gives up, the guest is here: any failure withdraws the final epoch and runs on. In the move
+//! `gave_up` the source changes its mind for good, *before* it says go, and from then on nothing but the shadow's own
+//! word ("I did not run it and never will") or an operator's ([`Source::reclaim`]) brings the guest back. A lost answer
+//! is therefore never settled by running twice; at worst the guest waits (DESIGN §3.1).
+
+mod encoder;
+mod switchover;
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use umbra_units::{BatchId, Bytes, Epoch, GuestId, Now, PageCount, PageId, Ratio, SessionId, Term};
+
+pub use encoder::{DEFAULT_CACHE, Encoded, Encoder};
+pub use switchover::SwitchoverOptions;
+
+use crate::batch::{Close, PageCounts};
+use crate::error::{Fault, Refused};
+use crate::event::Event;
+use crate::guest::{Harvest, Space, StateRecord};
+use crate::ledger::{Ledger, Owed};
+use crate::limits;
+use crate::phase::SourcePhase;
+use crate::predict::{LinkFacts, PausePredictor};
+use crate::report::SwitchoverReport;
+use crate::wire::{Hello, Message, VERSIONS};
+use switchover::{Final, Switching};
+
+/// How a source behaves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceConfig {
+    /// Between two harvests of a guest that writes. Shorter keeps the shadow closer and costs the guest more faults.
+    pub harvest_every: Duration,
+    /// Between two harvests of a guest that has written nothing for a while.
+    pub harvest_idle: Duration,
+    /// Pages of one batch while seeding and following; at most [`limits::BATCH_PAGES`].
+    pub batch_pages: PageCount,
+}
+
+impl Default for SourceConfig {
+    fn default() -> Self {
+        Self {
+            harvest_every: Duration::from_millis(20),
+            harvest_idle: Duration::from_millis(100),
+            batch_pages: PageCount(64),
+        }
+    }
+}
+
+/// Something the node must do to the guest. Steps are done one after the other, in the order they came; each is answered
+/// by the `handle_*` it names, or by [`Source::handle_failed`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Start recording writes, then find the pages never touched. Answer: [`Source::handle_tracked`].
+    Track,
+    /// Take a harvest. Answer: [`Source::handle_harvest`].
+    Harvest,
+    /// Stop the guest. Answer: [`Source::handle_paused`].
+    Pause,
+    /// Save everything but memory. Answer: [`Source::handle_saved`].
+    Save,
+    /// Compare the paused guest's memory with what was shipped. Answer: [`Source::handle_audited`].
+    Audit,
+    /// Let the guest run. No answer: failing to resume is the host's end, and the node says so.
+    Resume,
+    /// Stop recording writes, and give these pages back: nobody took care of them.
+    Untrack(Harvest),
+}
+
+/// What the node must do.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Output {
+    /// Say this to the shadow.
+    Send(Message),
+    /// Do this to the guest.
+    Do(Step),
+    /// Tell whoever listens.
+    Event(Event),
+    /// The session is over; the link may be closed once everything sent before has been delivered.
+    End(Outcome),
+}
+
+/// How a session ended, for the source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest runs at the shadow; this node never runs it again.
+    Moved(Box<SwitchoverReport>),
+    /// The guest is here, in this term; why the session ended.
+    Stayed {
+        /// The term the guest runs in.
+        term: Term,
+        /// Whose fault it was, if anybody's.
+        fault: Option<Fault>,
+        /// In words for an operator.
+        text: String,
+    },
+}
+
+/// Pages to be copied, encoded and shipped as one batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// Its number.
+    pub batch: BatchId,
+    /// The epoch its pages belong to.
+    pub epoch: Epoch,
+    /// Which pages, and what the shadow has of each. Pages of one space stand together.
+    pub pages: Vec<Owed>,
+    /// Pages owed beyond this batch.
+    pub owed_after: PageCount,
+    /// Whether somebody waits for it: such batches travel with parity.
+    pub urgent: bool,
+    /// Closes the epoch, if present: what the encoder completes with its digest.
+    pub close: Option<Close>,
+}
+
+/// A source's account of itself.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SourceStatus {
+    /// What it is doing.
+    pub phase: SourcePhase,
+    /// The term the guest runs in, or was given up in.
+    pub term: Term,
+    /// The epoch that pages shipped now will belong to.
+    pub epoch: Epoch,
+    /// Pages the guest has.
+    pub pages: PageCount,
+    /// Share of them the shadow has held at least once. Never runs backwards.
+    pub seeded: Ratio,
+    /// Pages whose newest content the shadow has not acknowledged.
+    pub debt: PageCount,
+    /// Pages found written by the latest harvest.
+    pub latest_harvest: PageCount,
+    /// How pages travelled so far.
+    pub counts: PageCounts,
+    /// Bytes of batches so far.
+    pub shipped: Bytes,
+    /// The pause if the guest were stopped now; `None` while there is no link.
+    pub predicted_pause: Option<Duration>,
+    /// Whether a switchover is under way.
+    pub switching: bool,
+    /// Everything that speaks against a switchover now.
+    pub reasons: Vec<String>,
+}
+
+/// One source. See the [module](self).
+#[derive(Debug)]
+pub struct Source {
+    config: SourceConfig,
+    phase: SourcePhase,
+    term: Term,
+    epoch: Epoch,
+    ledger: Ledger,
+    predictor: PausePredictor,
+    outputs: VecDeque<Output>,
+    /// A harvest was asked for and not yet answered.
+    harvesting: bool,
+    next_harvest: Now,
+    latest_harvest: PageCount,
+    /// Harvests in a row that found nothing.
+    quiet: u32,
+    link_up: bool,
+    /// The shadow's latest reasons against a switchover; `None` until it has said anything.
+    readiness: Option<Vec<String>>,
+    switching: Option<Switching>,
+    closing: Option<Final>,
+    counts: PageCounts,
+    shipped: Bytes,
+    ended: bool,
+}
+
+impl Source {
+    /// A source for a guest that runs here in `term`. Says hello at once.
+    pub fn new(
+        config: SourceConfig,
+        guest: GuestId,
+        session: SessionId,
+        term: Term,
+        description: StateRecord,
+        spaces: &[Space],
+    ) -> Self {
+        let hello = Hello {
+            versions: VERSIONS.to_vec(),
+            guest,
+            session,
+            term,
+            description,
+            spaces: spaces.to_vec(),
+        };
+        Self {
+            config,
+            phase: SourcePhase::Joining,
+            term,
+            epoch: Epoch(1),
+            ledger: Ledger::new(spaces),
+            predictor: PausePredictor::new(),
+            outputs: VecDeque::from([Output::Send(Message::Hello(hello))]),
+            harvesting: false,
+            next_harvest: Now::NEVER,
+            latest_harvest: PageCount::ZERO,
+            quiet: 0,
+            link_up: true,
+            readiness: None,
+            switching: None,
+            closing: None,
+            counts: PageCounts::default(),
+            shipped: Bytes::ZERO,
+            ended: false,
+        }
+    }
+
+    /// What it is doing.
+    pub const fn phase(&self) -> SourcePhase {
+        self.phase
+    }
+
+    /// The term the guest runs in, or was given up in.
+    pub const fn term(&self) -> Term {
+        self.term
+    }
+
+    /// Its account of itself.
+    pub fn status(&self) -> SourceStatus {
+        let debt = self.ledger.debt();
+        let pause = self.predictor.pause(debt);
+        SourceStatus {
+            phase: self.phase,
+            term: self.term,
+            epoch: self.epoch,
+            pages: self.ledger.present(),
+            seeded: Ratio::of(self.ledger.seeded().0, self.ledger.present().0),
+            debt,
+            latest_harvest: self.latest_harvest,
+            counts: self.counts,
+            shipped: self.shipped,
+            predicted_pause: (self.link_up && pause < Duration::MAX).then_some(pause),
+            switching: self.switching.is_some(),
+            reasons: self.reasons(),
+        }
+    }
+
+    /// The next thing to do, if any.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// When [`handle_time`](Self::handle_time) wants to be called.
+    pub fn poll_timeout(&self) -> Now {
+        let harvest = if self.wants_harvests() {
+            self.next_harvest
+        } else {
+            Now::NEVER
+        };
+        let deadline = self.switchover_deadline();
+        harvest.min(deadline)
+    }
+
+    /// Time passed.
+    pub fn handle_time(&mut self, now: Now) {
+        if self.wants_harvests() && now >= self.next_harvest {
+            self.ask_harvest();
+        }
+        if now >= self.switchover_deadline() {
+            self.switchover_overdue(now);
+        }
+    }
+
+    /// The next batch to copy, encode and ship. The node asks while the link has room; in the final epoch it asks until
+    /// there is none, room or not.
+    pub fn take_plan(&mut self, now: Now) -> Option<Plan> {
+        match self.phase {
+            SourcePhase::Seeding | SourcePhase::Following => self.bulk_plan(),
+            SourcePhase::Final => self.final_plan(now),
+            _ => None,
+        }
+    }
+
+    /// A planned batch was encoded into `bytes` and handed to the link.
+    pub fn handle_encoded(&mut self, now: Now, batch: BatchId, bytes: Bytes, counts: PageCounts) {
+        self.counts.add(&counts);
+        self.shipped += bytes;
+        self.predictor.encoded(counts.total(), bytes);
+        if let Some(closing) = &mut self.closing {
+            closing.encoded(now, batch, bytes, counts);
+        }
+    }
+
+    /// The shadow said something.
+    pub fn handle_message(&mut self, now: Now, message: Message) {
+        match message {
+            Message::Welcome { version } => self.welcomed(now, version),
+            Message::Held { batches } => {
+                batches.into_iter().for_each(|batch| self.ledger.held(batch));
+                self.progressed(now);
+            }
+            Message::Readiness { reasons, .. } => {
+                self.outputs.push_back(Output::Event(Event::ReadinessChanged {
+                    reasons: reasons.clone(),
+                }));
+                self.readiness = Some(reasons);
+                self.progressed(now);
+            }
+            Message::Prepared { epoch, times } => self.shadow_prepared(now, epoch, times),
+            Message::Unprepared { epoch, text } if self.phase == SourcePhase::Final && epoch == self.epoch => {
+                self.withdraw(&format!("the shadow could not prepare: {text}"));
+            }
+            Message::Unprepared { .. } => {} // answers a final epoch that was taken back meanwhile
+            Message::Running { term, resume_us } => self.runs_there(now, term, resume_us),
+            Message::Declined { term, text } => self.declined(term, &text),
+            Message::Goodbye { text } => self.end_by(Fault::PeerEnded(text)),
+            Message::Hello(_) | Message::Go { .. } | Message::Withdraw { .. } => {
+                self.end_by(Fault::PeerMisbehaved("it sent what only a source says".to_owned()));
+            }
+        }
+    }
+
+    /// The answer to [`Step::Harvest`]. A harvest is never wasted, whatever the phase.
+    pub fn handle_harvest(&mut self, now: Now, harvest: &Harvest) {
+        self.harvesting = false;
+        self.latest_harvest = harvest.count();
+        self.quiet = if self.latest_harvest == PageCount::ZERO {
+            self.quiet.saturating_add(1)
+        } else {
+            0
+        };
+        let pace = if self.quiet > 5 {
+            self.config.harvest_idle
+        } else {
+            self.config.harvest_every
+        };
+        self.next_harvest = now + pace;
+        self.ledger.owe(harvest);
+        match self.phase {
+            SourcePhase::Final => self.final_harvest(now),
+            _ => self.consider_stop(now),
+        }
+    }
+
+    /// The answer to [`Step::Track`]: pages that were never touched are zeros, as at the shadow, and need not travel.
+    pub fn handle_tracked(&mut self, now: Now, untouched: &Harvest) {
+        self.ledger.untouched(untouched);
+        self.progressed(now);
+    }
+
+    /// The link's rate and round trip changed.
+    pub const fn handle_link(&mut self, facts: LinkFacts) {
+        self.predictor.link(facts);
+    }
+
+    /// The last path went down, or the first came up. Nothing restarts: what was not acknowledged is still owed or in
+    /// flight, and the link sends it again.
+    pub fn handle_link_up(&mut self, up: bool) {
+        if self.link_up != up {
+            self.link_up = up;
+            self.outputs
+                .push_back(Output::Event(if up { Event::LinkUp } else { Event::LinkDown }));
+        }
+    }
+
+    /// The shadow will never answer again: its node restarted or refused us for good.
+    pub fn handle_link_lost(&mut self, text: &str) {
+        // A source that gave up keeps waiting: only the shadow's word or an operator's brings the guest back.
+        if self.phase != SourcePhase::HandedOver {
+            self.end_by(Fault::PeerEnded(text.to_owned()));
+        }
+    }
+
+    /// A step failed on this host. The guest runs on if it can.
+    pub fn handle_failed(&mut self, fault: Fault) {
+        self.harvesting = false;
+        self.end_by(fault);
+    }
+
+    /// End the session from this side; the guest stays.
+    pub fn end(&mut self, text: &str) -> Result<(), Refused> {
+        if self.phase == SourcePhase::HandedOver {
+            return Err(Refused(
+                "the guest was handed over; `resume --peer-is-dead` takes it back if the shadow is gone for good"
+                    .to_owned(),
+            ));
+        }
+        self.finish(None, text);
+        Ok(())
+    }
+
+    /// An operator vouches that the shadow is dead and never ran the guest: take it back.
+    pub fn reclaim(&mut self) -> Result<(), Refused> {
+        self.make(SourcePhase::reclaimed)?;
+        self.take_back("an operator vouched that the shadow is dead");
+        Ok(())
+    }
+
+    fn bulk_plan(&mut self) -> Option<Plan> {
+        if self.ledger.batches_in_flight() >= limits::BATCHES_IN_FLIGHT || self.ledger.owed() == PageCount::ZERO {
+            return None;
+        }
+        let (batch, pages) = self.ledger.take(self.config.batch_pages);
+        Some(Plan {
+            batch,
+            epoch: self.epoch,
+            pages,
+            owed_after: self.ledger.owed(),
+            urgent: false,
+            close: None,
+        })
+    }
+
+    fn welcomed(&mut self, now: Now, version: u16) {
+        if !VERSIONS.contains(&version) {
+            let text = format!("it chose protocol version {version}, which was not offered");
+            return self.end_by(Fault::PeerMisbehaved(text));
+        }
+        if self.make(SourcePhase::welcomed).is_err() {
+            return self.end_by(Fault::PeerMisbehaved("it said welcome twice".to_owned()));
+        }
+        self.outputs.push_back(Output::Do(Step::Track));
+        self.next_harvest = now;
+        self.ask_harvest();
+    }
+
+    /// Acknowledgements came in: seeding may be over, a round may be over.
+    fn progressed(&mut self, now: Now) {
+        if self.phase == SourcePhase::Seeding && self.ledger.seeded() == self.ledger.present() {
+            self.make(SourcePhase::seeded).expect("Seeding leads to Following");
+            self.consider_stop(now);
+        }
+        self.next_round();
+    }
+
+    /// Whether the clock may ask for a harvest. While the debt is being shrunk for a switchover the rounds ask
+    /// themselves, each when the last has arrived: a harvest in between would look like a debt that does not shrink.
+    fn wants_harvests(&self) -> bool {
+        let follows = matches!(self.phase, SourcePhase::Seeding | SourcePhase::Following);
+        follows && !self.harvesting && (self.switching.is_none() || self.round_is_over())
+    }
+
+    fn round_is_over(&self) -> bool {
+        self.ledger.batches_in_flight() <= 1 && self.ledger.owed() == PageCount::ZERO
+    }
+
+    fn ask_harvest(&mut self) {
+        if !self.harvesting {
+            self.harvesting = true;
+            self.outputs.push_back(Output::Do(Step::Harvest));
+        }
+    }
+
+    fn reasons(&self) -> Vec<String> {
+        let mut reasons = Vec::new();
+        match self.phase {
+            SourcePhase::Joining => reasons.push("the shadow has not answered yet".to_owned()),
+            SourcePhase::Seeding => {
+                let seeded = Ratio::of(self.ledger.seeded().0, self.ledger.present().0);
+                reasons.push(format!("the first copy is {seeded} done"));
+            }
+            _ => {}
+        }
+        if !self.link_up {
+            reasons.push("no path to the shadow is up".to_owned());
+        }
+        reasons.extend(
+            self.readiness
+                .iter()
+                .flatten()
+                .map(|reason| format!("the shadow says: {reason}")),
+        );
+        reasons
+    }
+
+    /// Make a move and say so.
+    fn make(&mut self, a_move: fn(&mut SourcePhase) -> Result<(), Refused>) -> Result<(), Refused> {
+        let from = self.phase;
+        a_move(&mut self.phase)?;
+        self.outputs
+            .push_back(Output::Event(Event::Source { from, to: self.phase }));
+        Ok(())
+    }
+
+    fn end_by(&mut self, fault: Fault) {
+        let text = fault.to_string();
+        self.finish(Some(fault), &text);
+    }
+
+    /// End the session while the guest is here.
+    fn finish(&mut self, fault: Option<Fault>, text: &str) {
+        let was_final = self.phase == SourcePhase::Final;
+        if self.ended || self.make(SourcePhase::abandoned).is_err() {
+            return; // already over, or handed over: then only the shadow's or an operator's word ends it
+        }
+        if self.switching.take().is_some() {
+            self.outputs
+                .push_back(Output::Event(Event::SwitchoverFailed { text: text.to_owned() }));
+        }
+        self.closing = None;
+        if was_final {
+            self.outputs.push_back(Output::Do(Step::Resume));
+        }
+        self.outputs
+            .push_back(Output::Send(Message::Goodbye { text: text.to_owned() }));
+        self.outputs
+            .push_back(Output::Do(Step::Untrack(self.ledger.debt_pages())));
+        self.outputs.push_back(Output::End(Outcome::Stayed {
+            term: self.term,
+            fault,
+            text: text.to_owned(),
+        }));
+        self.ended = true;
+    }
+
+    /// The guest comes back after it was given up, in a term above the one that is void now.
+    fn take_back(&mut self, text: &str) {
+        self.term = self.term.next();
+        self.switching = None;
+        self.closing = None;
+        self.outputs
+            .push_back(Output::Event(Event::SwitchoverFailed { text: text.to_owned() }));
+        self.outputs.push_back(Output::Do(Step::Resume));
+        self.outputs
+            .push_back(Output::Do(Step::Untrack(self.ledger.debt_pages())));
+        self.outputs.push_back(Output::End(Outcome::Stayed {
+            term: self.term,
+            fault: None,
+            text: text.to_owned(),
+        }));
+        self.ended = true;
+    }
+
+    /// Pages an audit found different are owed whole.
+    fn owe_audited(&mut self, pages: &[PageId]) {
+        self.ledger.owe_pages(pages);
+        let few = pages.iter().take(8).copied().collect();
+        self.outputs.push_back(Output::Event(Event::AuditFailed {
+            pages: few,
+            count: pages.len(),
+        }));
+    }
+}

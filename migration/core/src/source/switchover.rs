@@ -1,0 +1,453 @@
+//! The source's part of a switchover: shrinking the debt, the decision to stop, the final epoch, the commit point.
+
+use std::time::Duration;
+
+use umbra_units::{BatchId, Bytes, Epoch, Now, PageCount, PageId, Term};
+
+use super::{Outcome, Output, Plan, Source, Step};
+use crate::batch::{Close, PageCounts};
+use crate::digest::Digest;
+use crate::error::{Fault, Refused};
+use crate::event::Event;
+use crate::guest::StateRecord;
+use crate::limits;
+use crate::phase::SourcePhase;
+use crate::report::{PauseBreakdown, SwitchoverReport};
+use crate::wire::{Message, PrepareTimes};
+
+/// A debt this small is not worth another round: it travels in less time than a harvest takes.
+const SETTLED: PageCount = PageCount(64);
+/// A round that does not shrink the debt below this share of the last one is the last.
+const WORTH_ANOTHER_ROUND: f64 = 0.8;
+/// However well it goes, stop now.
+const MOST_ROUNDS: u32 = 30;
+
+/// What a switchover must keep to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SwitchoverOptions {
+    /// Stop the guest only when the pause is predicted to be at most this. Peers' default.
+    pub downtime_limit: Duration,
+    /// Give the attempt up when the guest could not be stopped within this time.
+    pub timeout: Duration,
+    /// Once stopped, run the guest on here if the shadow is not prepared within this time.
+    pub pause_limit: Duration,
+    /// Have both sides hash all of memory while the guest is stopped, and compare every page. Costs about 0.2 ms per MiB.
+    pub audit: bool,
+}
+
+impl Default for SwitchoverOptions {
+    fn default() -> Self {
+        Self {
+            downtime_limit: Duration::from_millis(300),
+            timeout: Duration::from_secs(60),
+            pause_limit: Duration::from_secs(2),
+            audit: false,
+        }
+    }
+}
+
+/// A switchover that was asked for.
+#[derive(Debug)]
+pub(super) struct Switching {
+    options: SwitchoverOptions,
+    asked: Now,
+    rounds: u32,
+    /// The debt at the start of the latest round.
+    latest: Option<PageCount>,
+    /// The latest reason not to stop, for the day the timeout strikes.
+    obstacle: String,
+}
+
+/// A final epoch under way. Moments are `None` until they have come.
+#[derive(Debug)]
+pub(super) struct Final {
+    predicted: Duration,
+    stop_pages: PageCount,
+    asked: Now,
+    paused: Option<Now>,
+    first_harvest: Option<Now>,
+    saved: Option<Now>,
+    records: Option<Vec<StateRecord>>,
+    second_harvest: Option<Now>,
+    closing_batch: Option<BatchId>,
+    /// When the closing batch was handed to the link.
+    sent: Option<Now>,
+    state_bytes: Bytes,
+    bytes: Bytes,
+    counts: PageCounts,
+    prepared: Option<(Now, PrepareTimes)>,
+    /// Whether this side's audit, if one was asked for, has passed.
+    audited: bool,
+    gave_up: Option<Now>,
+}
+
+impl Final {
+    const fn new(now: Now, predicted: Duration, stop_pages: PageCount, audit: bool) -> Self {
+        Self {
+            predicted,
+            stop_pages,
+            asked: now,
+            paused: None,
+            first_harvest: None,
+            saved: None,
+            records: None,
+            second_harvest: None,
+            closing_batch: None,
+            sent: None,
+            state_bytes: Bytes::ZERO,
+            bytes: Bytes::ZERO,
+            counts: PageCounts {
+                same: 0,
+                zero: 0,
+                delta: 0,
+                raw: 0,
+            },
+            prepared: None,
+            audited: !audit,
+            gave_up: None,
+        }
+    }
+
+    pub(super) fn encoded(&mut self, now: Now, batch: BatchId, bytes: Bytes, counts: PageCounts) {
+        self.bytes += bytes;
+        self.counts.add(&counts);
+        if self.closing_batch == Some(batch) {
+            self.sent = Some(now);
+        }
+    }
+
+    /// Where the pause went, given when the shadow said it runs. Missing moments make empty parts.
+    fn breakdown(&self, running: Now, resume_there: Duration) -> PauseBreakdown {
+        let paused = self.paused.unwrap_or(self.asked);
+        let first = self.first_harvest.unwrap_or(paused);
+        let saved = self.saved.unwrap_or(first);
+        let second = self.second_harvest.unwrap_or(saved);
+        let sent = self.sent.unwrap_or(second);
+        let (prepared, times) = self.prepared.unwrap_or_else(|| (sent, PrepareTimes::default()));
+        let us = Duration::from_micros;
+        let there = us(times.apply_us) + us(times.verify_us) + us(times.restore_us);
+        PauseBreakdown {
+            stop: paused.since(self.asked),
+            harvest: first.since(paused) + second.since(saved),
+            save: saved.since(first),
+            encode: sent.since(second),
+            transfer: prepared.since(sent).saturating_sub(there),
+            apply: us(times.apply_us),
+            verify: us(times.verify_us),
+            restore: us(times.restore_us),
+            resume: running.since(prepared).max(resume_there),
+        }
+    }
+}
+
+impl Source {
+    /// Move the guest to the shadow as soon as the pause is predicted to stay within the limit. One at a time.
+    pub fn switchover(&mut self, now: Now, options: SwitchoverOptions) -> Result<(), Refused> {
+        if self.switching.is_some() {
+            return Err(Refused("a switchover is under way already".to_owned()));
+        }
+        if !matches!(
+            self.phase,
+            SourcePhase::Joining | SourcePhase::Seeding | SourcePhase::Following
+        ) {
+            return Err(Refused(format!("no switchover from the phase `{}`", self.phase)));
+        }
+        self.outputs.push_back(Output::Event(Event::SwitchoverAsked));
+        let obstacle = "nothing was harvested yet".to_owned();
+        self.switching = Some(Switching {
+            options,
+            asked: now,
+            rounds: 0,
+            latest: None,
+            obstacle,
+        });
+        if self.phase == SourcePhase::Following {
+            self.ask_harvest();
+        }
+        Ok(())
+    }
+
+    /// Take back a switchover that has not reached its commit point; following goes on.
+    pub fn cancel_switchover(&mut self) -> Result<(), Refused> {
+        match (self.phase, &self.switching) {
+            (SourcePhase::HandedOver, _) => Err(Refused("too late: the guest was handed over".to_owned())),
+            (_, None) => Err(Refused("no switchover is under way".to_owned())),
+            (SourcePhase::Final, _) => {
+                self.withdraw("cancelled by an operator");
+                Ok(())
+            }
+            _ => {
+                self.give_switchover_up("cancelled by an operator");
+                Ok(())
+            }
+        }
+    }
+
+    /// The answer to [`Step::Pause`].
+    pub fn handle_paused(&mut self, now: Now) {
+        if let Some(closing) = self.closing.as_mut().filter(|closing| closing.paused.is_none()) {
+            closing.paused = Some(now);
+        }
+    }
+
+    /// The answer to [`Step::Save`].
+    pub fn handle_saved(&mut self, now: Now, records: Vec<StateRecord>) {
+        let Some(closing) = self.closing.as_mut().filter(|closing| closing.saved.is_none()) else {
+            return;
+        };
+        let size: usize = records
+            .iter()
+            .map(|record| record.bytes.len() + record.kind.len() + 12)
+            .sum();
+        if records.len() > limits::RECORDS || size > limits::CLOSE_BYTES {
+            return self.end_by(Fault::Host(format!(
+                "the guest's state is {size} bytes in {} records",
+                records.len()
+            )));
+        }
+        closing.state_bytes = Bytes::of_len(size);
+        closing.saved = Some(now);
+        closing.records = Some(records);
+    }
+
+    /// The answer to [`Step::Audit`]: the pages whose memory is not what was shipped.
+    pub fn handle_audited(&mut self, now: Now, differing: &[PageId]) {
+        let Some(closing) = &mut self.closing else { return };
+        if differing.is_empty() {
+            closing.audited = true;
+            self.maybe_give_up(now);
+        } else {
+            self.owe_audited(differing);
+            self.withdraw(&format!(
+                "the audit found {} pages that were written but never harvested",
+                differing.len()
+            ));
+        }
+    }
+
+    /// When a switchover that has come no further must be given up.
+    pub(super) fn switchover_deadline(&self) -> Now {
+        match (&self.switching, &self.closing) {
+            (Some(switching), Some(closing)) if self.phase == SourcePhase::Final => {
+                closing.asked + switching.options.pause_limit
+            }
+            (Some(switching), None) => switching.asked + switching.options.timeout,
+            _ => Now::NEVER,
+        }
+    }
+
+    pub(super) fn switchover_overdue(&mut self, _now: Now) {
+        let Some(switching) = &self.switching else { return };
+        if self.phase == SourcePhase::Final {
+            let limit = switching.options.pause_limit;
+            self.withdraw(&format!(
+                "the shadow was not prepared within the pause limit of {} ms",
+                limit.as_millis()
+            ));
+        } else {
+            let text = format!(
+                "timeout after {} s: {}",
+                switching.options.timeout.as_secs(),
+                switching.obstacle
+            );
+            self.give_switchover_up(&text);
+        }
+    }
+
+    /// After a harvest while a switchover is wanted: stop now, or one more round?
+    pub(super) fn consider_stop(&mut self, now: Now) {
+        let reasons = self.reasons();
+        let debt = self.ledger.debt();
+        let predicted = self.predictor.pause(debt);
+        let Some(switching) = &mut self.switching else { return };
+        if self.phase != SourcePhase::Following || self.harvesting {
+            return;
+        }
+        switching.rounds += 1;
+        let round = switching.rounds;
+        self.outputs
+            .push_back(Output::Event(Event::Round { round, debt, predicted }));
+        if let Some(reason) = reasons.first() {
+            switching.obstacle.clone_from(reason);
+            return;
+        }
+        #[expect(clippy::cast_precision_loss, reason = "a threshold")]
+        let shrinking = switching
+            .latest
+            .is_none_or(|latest| (debt.0 as f64) < latest.0 as f64 * WORTH_ANOTHER_ROUND);
+        switching.latest = Some(debt);
+        if predicted > switching.options.downtime_limit {
+            let (pause, limit) = (predicted.as_millis(), switching.options.downtime_limit.as_millis());
+            switching.obstacle =
+                format!("{debt} pages are left to send, a pause of {pause} ms where {limit} ms are allowed");
+            return;
+        }
+        if debt <= SETTLED || !shrinking || round >= MOST_ROUNDS {
+            self.stop(now, predicted, debt);
+        }
+    }
+
+    /// After an acknowledgement while a switchover is wanted: harvest again as soon as the last round has arrived.
+    pub(super) fn next_round(&mut self) {
+        if self.switching.is_some() && self.phase == SourcePhase::Following && self.round_is_over() {
+            self.ask_harvest();
+        }
+    }
+
+    fn stop(&mut self, now: Now, predicted: Duration, debt: PageCount) {
+        let audit = self.switching.as_ref().is_some_and(|switching| switching.options.audit);
+        self.make(SourcePhase::stopped).expect("called in Following");
+        self.outputs
+            .push_back(Output::Event(Event::StopDecided { debt, predicted }));
+        self.closing = Some(Final::new(now, predicted, debt, audit));
+        self.outputs.push_back(Output::Do(Step::Pause));
+        // Writes that were under way when the vCPUs stopped are in the first harvest; saving device state may itself
+        // write to guest memory, and that is what the second is for (DESIGN §3.2).
+        self.harvesting = true;
+        self.outputs.push_back(Output::Do(Step::Harvest));
+        self.outputs.push_back(Output::Do(Step::Save));
+        self.outputs.push_back(Output::Do(Step::Harvest));
+    }
+
+    pub(super) fn final_harvest(&mut self, now: Now) {
+        let Some(closing) = &mut self.closing else { return };
+        // A harvest that was asked for before the pause may answer late; it counts for neither.
+        if closing.paused.is_none() {
+            self.harvesting = true;
+        } else if closing.first_harvest.is_none() {
+            closing.first_harvest = Some(now);
+            self.harvesting = true;
+        } else if closing.saved.is_some() {
+            closing.second_harvest = Some(now);
+        }
+    }
+
+    pub(super) fn final_plan(&mut self, _now: Now) -> Option<Plan> {
+        let audit = self.switching.as_ref().is_some_and(|switching| switching.options.audit);
+        let closing = self.closing.as_mut()?;
+        if closing.first_harvest.is_none() || closing.closing_batch.is_some() {
+            return None;
+        }
+        let complete = closing.second_harvest.is_some();
+        if !complete && self.ledger.owed() == PageCount::ZERO {
+            return None;
+        }
+        let most = PageCount(limits::BATCH_PAGES as u64);
+        let (batch, pages) = self.ledger.take(most);
+        let owed_after = self.ledger.owed();
+        let close = if complete && owed_after == PageCount::ZERO {
+            closing.closing_batch = Some(batch);
+            let records = closing.records.take().expect("saved before the second harvest");
+            if audit {
+                self.outputs.push_back(Output::Do(Step::Audit));
+            }
+            Some(Close {
+                digest: Digest::ZEROS,
+                audit,
+                records,
+            })
+        } else {
+            None
+        };
+        Some(Plan {
+            batch,
+            epoch: self.epoch,
+            pages,
+            owed_after,
+            urgent: true,
+            close,
+        })
+    }
+
+    pub(super) fn shadow_prepared(&mut self, now: Now, epoch: Epoch, times: PrepareTimes) {
+        if self.phase != SourcePhase::Final || epoch != self.epoch {
+            return; // answers a final epoch that was taken back meanwhile
+        }
+        let Some(closing) = self.closing.as_mut().filter(|closing| closing.sent.is_some()) else {
+            return self.end_by(Fault::PeerMisbehaved(
+                "it is prepared for an epoch that was not closed".to_owned(),
+            ));
+        };
+        closing.prepared = Some((now, times));
+        self.maybe_give_up(now);
+    }
+
+    fn maybe_give_up(&mut self, now: Now) {
+        let Some(closing) = self
+            .closing
+            .as_mut()
+            .filter(|closing| closing.prepared.is_some() && closing.audited)
+        else {
+            return;
+        };
+        closing.gave_up = Some(now);
+        self.make(SourcePhase::gave_up).expect("Final leads to HandedOver");
+        self.term = self.term.next();
+        let (epoch, term) = (self.epoch, self.term);
+        self.outputs.push_back(Output::Event(Event::GaveUp { epoch, term }));
+        self.outputs.push_back(Output::Send(Message::Go { epoch, term }));
+    }
+
+    pub(super) fn runs_there(&mut self, now: Now, term: Term, resume_us: u64) {
+        if term != self.term || self.phase != SourcePhase::HandedOver {
+            return self.end_by(Fault::PeerMisbehaved(format!(
+                "it says it runs the guest in term {term}"
+            )));
+        }
+        self.make(SourcePhase::confirmed).expect("HandedOver leads to Done");
+        let (Some(switching), Some(closing)) = (&self.switching, &self.closing) else {
+            unreachable!("a source that gave up has a switchover and a final epoch")
+        };
+        let report = SwitchoverReport {
+            epoch: self.epoch,
+            term,
+            total: now.since(switching.asked),
+            rounds: switching.rounds,
+            predicted: closing.predicted,
+            breakdown: closing.breakdown(now, Duration::from_micros(resume_us)),
+            stop_pages: closing.stop_pages,
+            final_bytes: closing.bytes,
+            final_counts: closing.counts,
+            audited: switching.options.audit,
+        };
+        self.outputs.push_back(Output::End(Outcome::Moved(Box::new(report))));
+        self.ended = true;
+    }
+
+    pub(super) fn declined(&mut self, term: Term, text: &str) {
+        if term != self.term || self.make(SourcePhase::handed_back).is_err() {
+            return self.end_by(Fault::PeerMisbehaved(format!(
+                "it declines term {term}, which it was not given"
+            )));
+        }
+        self.take_back(&format!(
+            "the shadow could not start the guest and handed it back: {text}"
+        ));
+    }
+
+    /// Take the final epoch back and run on here.
+    pub(super) fn withdraw(&mut self, text: &str) {
+        self.make(SourcePhase::withdrew).expect("called in Final");
+        if let (Some(closing), Some(now)) = (&self.closing, self.closing.as_ref().and_then(|closing| closing.sent)) {
+            self.predictor
+                .measured(&closing.breakdown(now, Duration::ZERO), closing.state_bytes);
+        }
+        self.closing = None;
+        self.switching = None;
+        self.harvesting = false;
+        self.outputs.push_back(Output::Do(Step::Resume));
+        self.outputs.push_back(Output::Send(Message::Withdraw {
+            epoch: self.epoch,
+            text: text.to_owned(),
+        }));
+        self.outputs
+            .push_back(Output::Event(Event::SwitchoverFailed { text: text.to_owned() }));
+        self.epoch = self.epoch.next();
+    }
+
+    fn give_switchover_up(&mut self, text: &str) {
+        self.switching = None;
+        self.outputs
+            .push_back(Output::Event(Event::SwitchoverFailed { text: text.to_owned() }));
+    }
+}
