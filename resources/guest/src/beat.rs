@@ -9,8 +9,10 @@ use crate::{EXIT_CORRUPT, cpu};
 use umbra_guest::config::{CPUS_MAX, Work};
 
 const BEATS_PER_STATUS: u64 = 1000;
-/// Status lines come at this period if there are no beats.
-const QUIET_STATUS_US: u64 = 1_000_000;
+/// Without beats, all else that beats bring is seen to at this period.
+const QUIET_US: u64 = 10_000;
+/// And a status line comes after so many.
+const QUIET_PER_STATUS: u64 = 100;
 /// An AP that has not turned once while the BSP ran this long is lost.
 const AP_LOST_US: u64 = 5_000_000;
 
@@ -20,7 +22,10 @@ pub(crate) struct Beat {
     beating: bool,
     period: u64,
     next: u64,
+    /// Beats sent.
     count: u64,
+    /// Periods gone by.
+    periods: u64,
     started: u64,
     run: Option<u64>,
     /// What each AP's turns were when it was last seen to turn, and how long the BSP has run since.
@@ -34,13 +39,14 @@ impl Beat {
     pub(crate) fn new(share: &'static Share) -> Self {
         let now = cpu::tsc();
         let beating = share.config.beat_us != 0;
-        let period = share.clock.ticks(if beating { share.config.beat_us } else { QUIET_STATUS_US });
+        let period = share.clock.ticks(if beating { share.config.beat_us } else { QUIET_US });
         Self {
             share,
             beating,
             period,
             next: now,
             count: 0,
+            periods: 0,
             started: now,
             run: share.config.run_us.map(|us| share.clock.ticks(us)),
             watch: [(0, 0); CPUS_MAX],
@@ -77,7 +83,13 @@ impl Beat {
             self.count += 1;
         }
         self.announce();
-        if !self.beating || self.count % BEATS_PER_STATUS == 0 {
+        self.periods += 1;
+        let per_status = if self.beating {
+            BEATS_PER_STATUS
+        } else {
+            QUIET_PER_STATUS
+        };
+        if self.periods.is_multiple_of(per_status) {
             self.status();
         }
         if self.run.is_some_and(|run| now - self.started >= run) {
@@ -105,11 +117,15 @@ impl Beat {
 
     fn status(&self) {
         let cpus = self.share.config.cpus;
-        let sum = |of: fn(crate::boot::CpuCell) -> u64| -> u64 { (0..cpus).map(|cpu| of(self.share.root_cpu(cpu))).sum() };
+        let sum =
+            |of: fn(crate::boot::CpuCell) -> u64| -> u64 { (0..cpus).map(|cpu| of(self.share.root_cpu(cpu))).sum() };
         let (pages, checked) = (sum(|cpu| cpu.written()), sum(|cpu| cpu.checked()));
         if self.share.config.work == Work::Compute {
             let ops = sum(|cpu| cpu.ops());
-            say!("#{} pages={pages} checked={checked} cpus={cpus} ops={ops} ok", self.count);
+            say!(
+                "#{} pages={pages} checked={checked} cpus={cpus} ops={ops} ok",
+                self.count
+            );
         } else {
             say!("#{} pages={pages} checked={checked} cpus={cpus} ok", self.count);
         }
@@ -129,7 +145,10 @@ impl Beat {
             }
             *missing += awake;
             if *missing > self.share.clock.ticks(AP_LOST_US) {
-                console::fatal(EXIT_CORRUPT, format_args!("CORRUPT what=cpu cpu={cpu} want=running found=stopped"));
+                console::fatal(
+                    EXIT_CORRUPT,
+                    format_args!("CORRUPT what=cpu cpu={cpu} want=running found=stopped"),
+                );
             }
         }
     }

@@ -87,10 +87,14 @@ impl Loader {
 
     /// Reads `hvm_start_info` at this address.
     pub(crate) fn read(start_info: u32) -> Self {
-        let mut loader = Self { command_line: [0; COMMAND_LINE_BYTES], command_line_len: 0, memory: Memory::UNKNOWN };
+        let mut loader = Self {
+            command_line: [0; COMMAND_LINE_BYTES],
+            command_line_len: 0,
+            memory: Memory::UNKNOWN,
+        };
         let info = u64::from(start_info);
         if start_info == 0 || peek32(info) != Self::MAGIC {
-            refuse("", "a PVH loader, with hvm_start_info in ebx");
+            refuse("", format_args!("a PVH loader, with hvm_start_info in ebx"));
         }
         loader.copy_command_line(peek64(info + 24));
         let version = peek32(info + 4);
@@ -117,7 +121,7 @@ impl Loader {
                 return;
             }
             if self.command_line_len == COMMAND_LINE_BYTES {
-                refuse("...", "a command line of at most 1024 bytes");
+                refuse("...", format_args!("a command line of at most 1024 bytes"));
             }
             self.command_line[self.command_line_len] = byte;
             self.command_line_len += 1;
@@ -127,7 +131,7 @@ impl Loader {
     /// The command line.
     pub(crate) fn command_line(&self) -> &str {
         let bytes = &self.command_line[..self.command_line_len];
-        core::str::from_utf8(bytes).unwrap_or_else(|_| refuse("?", "ASCII"))
+        core::str::from_utf8(bytes).unwrap_or_else(|_| refuse("?", format_args!("ASCII")))
     }
 
     /// RAM, as far as the loader says.

@@ -1,7 +1,8 @@
 //! What a TSC tick is worth.
 //!
-//! Four sources, best first: the VMM says so (CPUID 0x4000_0010); kvmclock's scale; CPUID 0x15; the PIT.
-//! CPUID is asked at CPL0, where it is what the VMM configured.
+//! Five sources, best first: the VMM says so (CPUID 0x4000_0010); kvmclock's scale; CPUID 0x15; the PIT; and
+//! without one, the LAPIC timer at the rate it has under KVM and QEMU. CPUID is asked at CPL0, where it is what
+//! the VMM configured.
 
 use crate::cpu;
 use core::cell::UnsafeCell;
@@ -31,7 +32,12 @@ impl Clock {
         let on_kvm = hypervisor[1..] == [0x4b4d_564b, 0x564b_4d56, 0x4d];
         let kvm = on_kvm && cpu::cpuid(0x4000_0001, 0)[0] & KVM_FEATURE_CLOCKSOURCE2 != 0;
         let (tsc_khz, source) = tsc_khz(hypervisor[0], kvm);
-        Self { tsc_khz, source, lapic_ratio: cpu::lapic_ratio(tsc_khz), kvm }
+        Self {
+            tsc_khz,
+            source,
+            lapic_ratio: cpu::lapic_ratio(tsc_khz),
+            kvm,
+        }
     }
 
     /// Microseconds in TSC ticks.
@@ -47,10 +53,8 @@ fn tsc_khz(hypervisor_leaves: u32, kvm: bool) -> (u64, &'static str) {
             return (u64::from(khz), "hypervisor");
         }
     }
-    if kvm {
-        if let Some(khz) = KvmClock::start(0).tsc_khz() {
-            return (khz, "kvmclock");
-        }
+    if kvm && let Some(khz) = KvmClock::start(0).tsc_khz() {
+        return (khz, "kvmclock");
     }
     if cpu::cpuid(0, 0)[0] >= 0x15 {
         let [denominator, numerator, crystal_hz, _] = cpu::cpuid(0x15, 0);
@@ -59,26 +63,46 @@ fn tsc_khz(hypervisor_leaves: u32, kvm: bool) -> (u64, &'static str) {
             return (hz / 1000, "cpuid");
         }
     }
-    pit_khz().map_or((1_000_000, "guess"), |khz| (khz, "pit"))
+    pit_khz().map_or_else(|| (lapic_khz(), "lapic"), |khz| (khz, "pit"))
 }
 
-/// Counts the TSC over ten milliseconds of PIT channel 2.
+/// Counts the TSC over ten milliseconds of PIT channel 0, by reading its count: the usual way, by the output of
+/// channel 2, needs port 0x61, which small machines leave out. Its interrupt is masked at the PIC.
 fn pit_khz() -> Option<u64> {
-    const GATE: u16 = 0x61;
-    const COUNT: u16 = 11932; // 1.193182 MHz * 10 ms
-    cpu::out8(GATE, (cpu::in8(GATE) & !2) | 1);
-    cpu::out8(0x43, 0xb0); // channel 2, both bytes, mode 0: output rises when the count ends
-    cpu::out8(0x42, COUNT as u8);
-    cpu::out8(0x42, (COUNT >> 8) as u8);
-    let start = cpu::tsc();
-    while cpu::in8(GATE) & 0x20 == 0 {
-        if cpu::tsc().wrapping_sub(start) > 1 << 33 {
+    const COUNTS: u16 = 11932; // 1.193182 MHz * 10 ms
+    cpu::out8(0x43, 0x30); // channel 0, both bytes, mode 0: counts down once
+    cpu::out8(0x40, 0xff);
+    cpu::out8(0x40, 0xff);
+    let (start, first) = pit_moment();
+    loop {
+        let (now, count) = pit_moment();
+        let passed = first.wrapping_sub(count);
+        if passed >= COUNTS {
+            // A missing PIT reads as ones and never gets here; a slow host counts more than asked for.
+            return Some((now - start) * 1193 / u64::from(passed));
+        }
+        // At any plausible rate, a count that has not come by now never will.
+        if now.wrapping_sub(start) > 1 << 30 {
             return None;
         }
     }
-    let khz = (cpu::tsc() - start) / 10;
-    // A missing PIT reads as all ones and ends at once.
-    (khz > 100_000).then_some(khz)
+}
+
+/// Channel 0's count and when that was: the count is latched by the first write and read at leisure.
+fn pit_moment() -> (u64, u16) {
+    let before = cpu::tsc();
+    cpu::out8(0x43, 0);
+    let after = cpu::tsc();
+    (
+        before + (after - before) / 2,
+        u16::from_le_bytes([cpu::in8(0x40), cpu::in8(0x40)]),
+    )
+}
+
+/// The LAPIC timer of KVM and QEMU counts nanoseconds.
+fn lapic_khz() -> u64 {
+    let ratio = cpu::lapic_ratio(1_000_000);
+    (1_000_000u64 << 32) / ratio.max(1)
 }
 
 /// The structure KVM keeps up to date (kvm/x86/msr.rst, MSR_KVM_SYSTEM_TIME_NEW).

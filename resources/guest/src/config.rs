@@ -150,7 +150,9 @@ impl Config {
         let (key, value) = word.split_once('=').ok_or("key=value")?;
         match key {
             "cpus" => {
-                let cpus = integer(value).filter(|n| (1..=CPUS_MAX as u64).contains(n)).ok_or("1 to 8")?;
+                let cpus = integer(value)
+                    .filter(|n| (1..=CPUS_MAX as u64).contains(n))
+                    .ok_or("1 to 8")?;
                 self.cpus = cpus as usize;
             }
             "mem" => self.mem_bytes = Some(bytes(value).filter(|&n| n > 0).ok_or(BYTES)?),
@@ -175,8 +177,9 @@ impl Config {
             }
             "phase" => self.phase_us = duration_us(value).filter(|&us| us > 0).ok_or(DURATION)?,
             "zipf" => {
-                self.zipf_milli =
-                    thousandths(value).filter(|&s| s <= 4000).ok_or("an exponent from 0 to 4, such as 1.0")?;
+                self.zipf_milli = thousandths(value)
+                    .filter(|&s| s <= 4000)
+                    .ok_or("an exponent from 0 to 4, such as 1.0")?;
             }
             "content" => {
                 self.content = match value {
@@ -239,7 +242,9 @@ fn duration_us(text: &str) -> Option<u64> {
         (text.strip_suffix('s').unwrap_or(text), 1_000_000)
     };
     // A century is enough, and its TSC ticks still fit in 64 bits.
-    integer(digits)?.checked_mul(unit_us).filter(|&us| us < 3_200_000_000_000_000)
+    integer(digits)?
+        .checked_mul(unit_us)
+        .filter(|&us| us < 3_200_000_000_000_000)
 }
 
 /// A decimal number with at most three places, in thousandths.
@@ -301,9 +306,30 @@ mod tests {
     #[test]
     fn a_word_not_understood_is_named() {
         for word in [
-            "cpus=0", "cpus=9", "cpus=+1", "cpus", "mem=", "mem=0", "work=Dirty", "rate=-1", "rate=99999999999G",
-            "wss=4095", "zipf=4.001", "zipf=1.0000", "zipf=", "beat=199", "beat=1000001", "verify=yes", "run=0",
-            "phase=2m", "quiet", "color=red", "content=", "fill=some", "pattern=lru", "mem=M",
+            "cpus=0",
+            "cpus=9",
+            "cpus=+1",
+            "cpus",
+            "mem=",
+            "mem=0",
+            "work=Dirty",
+            "rate=-1",
+            "rate=99999999999G",
+            "wss=4095",
+            "zipf=4.001",
+            "zipf=1.0000",
+            "zipf=",
+            "beat=199",
+            "beat=1000001",
+            "verify=yes",
+            "run=0",
+            "phase=2m",
+            "quiet",
+            "color=red",
+            "content=",
+            "fill=some",
+            "pattern=lru",
+            "mem=M",
         ] {
             let line = format!("beat=500 {word} cpus=2");
             assert_eq!(Config::parse(&line).unwrap_err().word, word);

@@ -1,9 +1,10 @@
 //! COM1: lines of text, and single beats.
 //!
-//! Each port write leaves the guest, which costs 30 to 60 us on some hosts, so a line is put together first
-//! and sent with one `rep outsb`, and nobody asks the line status register whether there is room: an emulated
-//! UART takes a byte in the instant it is written, however fast the next one follows (the FIFO is on for
-//! those that would rather keep a few). On a real 16550 lines would be cut short after 16 bytes.
+//! Each port write leaves the guest, which costs 30 to 80 us on some hosts, so a line is put together first
+//! and sent with one `rep outsb` (which KVM, all the same, hands to the VMM byte by byte), and nobody asks the
+//! line status register whether there is room: that would double the exits, and an emulated UART takes a byte
+//! in the instant it is written, however fast the next one follows (the FIFO is on for those that would rather
+//! keep a few). On a real 16550 lines would be cut short after 16 bytes.
 //!
 //! The BSP writes beats, so its cursor may be in the middle of a row of digits when a line is due; then the
 //! line starts with a newline. A CPU with a fatal message silences the others first.
@@ -37,9 +38,12 @@ impl Write for Line {
     }
 }
 
-/// Sends one line, in one instruction. Use [`say!`].
+/// Sends one line. Use [`say!`].
 pub(crate) fn line(text: core::fmt::Arguments<'_>) {
-    let mut line = Line { bytes: [0; LINE_BYTES], len: 0 };
+    let mut line = Line {
+        bytes: [0; LINE_BYTES],
+        len: 0,
+    };
     if IN_ROW.swap(false, Ordering::Relaxed) {
         line.bytes[0] = b'\n';
         line.len = 1;

@@ -208,7 +208,10 @@ impl Timer {
         lapic_write(TIMER_DIVIDE, 0xb);
         lapic_write(TIMER_LVT, (TIMER_VECTOR + cpu) as u32);
         enable_interrupts();
-        Self { ticks: &TICKS[cpu].0, lapic_ratio }
+        Self {
+            ticks: &TICKS[cpu].0,
+            lapic_ratio,
+        }
     }
 
     /// Interrupts taken so far.

@@ -5,11 +5,11 @@
 //! control word, a harmless bit of MXCSR, and with AVX-512 zmm16, zmm31 and k7. The SSE registers need none:
 //! the page checks live in them.
 
+use crate::EXIT_CORRUPT;
 use crate::boot::Share;
 use crate::clock::KvmClock;
 use crate::console::fatal;
 use crate::cpu::{self, Timer};
-use crate::EXIT_CORRUPT;
 use core::arch::asm;
 use core::arch::x86_64::__cpuid_count;
 use umbra_guest::pattern::mix;
@@ -133,7 +133,9 @@ impl Health {
     fn plant_registers(&self) {
         if self.fsgsbase {
             // SAFETY: `boot.s` set CR4.FSGSBASE by the same CPUID bit; nothing here uses fs or gs.
-            unsafe { asm!("wrfsbase {}", "wrgsbase {}", in(reg) self.base_pattern(1), in(reg) self.base_pattern(2), options(nostack)) };
+            unsafe {
+                asm!("wrfsbase {}", "wrgsbase {}", in(reg) self.base_pattern(1), in(reg) self.base_pattern(2), options(nostack))
+            };
         }
         let words: [u64; 8] = core::array::from_fn(|i| self.pattern(10 + i as u64));
         // SAFETY: reads what it is given; MMX and x87 are ours alone. MXCSR keeps what Rust relies on: all
@@ -201,7 +203,10 @@ impl Health {
     #[cold]
     fn corrupt(&self, what: &str, want: u64, found: u64) -> ! {
         let cpu = self.cpu;
-        fatal(EXIT_CORRUPT, format_args!("CORRUPT what={what} cpu={cpu} want={want:#x} found={found:#x}"))
+        fatal(
+            EXIT_CORRUPT,
+            format_args!("CORRUPT what={what} cpu={cpu} want={want:#x} found={found:#x}"),
+        )
     }
 }
 
@@ -222,7 +227,11 @@ fn enable_avx512() -> bool {
     if __cpuid_count(1, 0).ecx & OSXSAVE == 0 {
         let components = __cpuid_count(0xd, 0).eax & COMPONENTS;
         // AVX-512 comes whole or not at all, as XSETBV insists.
-        let components = if components == COMPONENTS { components } else { components & 7 };
+        let components = if components == COMPONENTS {
+            components
+        } else {
+            components & 7
+        };
         // SAFETY: CPUID lists XSAVE and these components.
         unsafe { cpu::enable_extended_state(components) };
     }

@@ -68,7 +68,11 @@ pub(crate) const EXIT_PANIC: u32 = 3;
 /// `start_info` is the loader's `hvm_start_info` on the BSP and 0 on APs.
 #[unsafe(no_mangle)]
 extern "C" fn ring3_main(start_info: u32, cpu: u32) -> ! {
-    if cpu == 0 { boot_processor(start_info) } else { application_processor(cpu as usize) }
+    if cpu == 0 {
+        boot_processor(start_info)
+    } else {
+        application_processor(cpu as usize)
+    }
 }
 
 fn boot_processor(start_info: u32) -> ! {
@@ -76,7 +80,7 @@ fn boot_processor(start_info: u32) -> ! {
     let loader = boot::Loader::read(start_info);
     let config = match Config::parse(loader.command_line()) {
         Ok(config) => config,
-        Err(bad) => refuse(bad.word, bad.expected),
+        Err(bad) => refuse(bad.word, format_args!("{}", bad.expected)),
     };
     say!("umbra-guest 1 cpus={} work={}", config.cpus, config.work.name());
     console::enable_fifo();
@@ -98,7 +102,7 @@ fn application_processor(cpu: usize) -> ! {
 }
 
 /// Says which option cannot be obeyed, and stops.
-pub(crate) fn refuse(word: &str, expected: &str) -> ! {
+pub(crate) fn refuse(word: &str, expected: core::fmt::Arguments<'_>) -> ! {
     say!("umbra-guest: bad option '{word}': expected {expected}");
     cpu::exit(EXIT_OPTIONS)
 }

@@ -60,7 +60,11 @@ impl Shuffle {
     pub fn new(n: u64, seed: u64) -> Self {
         assert!(n > 0, "nothing to shuffle");
         let bits = 64 - (n - 1).leading_zeros();
-        Self { n, half_bits: bits.div_ceil(2).max(1), seed }
+        Self {
+            n,
+            half_bits: bits.div_ceil(2).max(1),
+            seed,
+        }
     }
 
     /// Where `rank` went.
@@ -111,14 +115,22 @@ impl Zipf {
             sum += ranks as f64 * exp2(-exponent * k as f64);
             *stair = sum;
         }
-        Self { n, exponent, stairs, octaves }
+        Self {
+            n,
+            exponent,
+            stairs,
+            octaves,
+        }
     }
 
     /// Draws a rank.
     pub fn draw(&self, rng: &mut Rng) -> u64 {
         loop {
             let at = rng.unit() * self.stairs[self.octaves - 1];
-            let k = self.stairs[..self.octaves].iter().position(|&sum| at < sum).unwrap_or(self.octaves - 1);
+            let k = self.stairs[..self.octaves]
+                .iter()
+                .position(|&sum| at < sum)
+                .unwrap_or(self.octaves - 1);
             let first = 1u64 << k;
             let rank = first + rng.below(first.min(self.n + 1 - first));
             let keep = exp2(self.exponent * (k as f64 - log2(rank as f64)));
@@ -145,8 +157,8 @@ fn log2(x: f64) -> f64 {
 fn exp2(x: f64) -> f64 {
     let whole = x as i64 - i64::from(x < 0.0);
     let f = (x - whole as f64) * core::f64::consts::LN_2;
-    let series =
-        1.0 + f * (1.0 + f / 2.0 * (1.0 + f / 3.0 * (1.0 + f / 4.0 * (1.0 + f / 5.0 * (1.0 + f / 6.0 * (1.0 + f / 7.0))))));
+    let series = 1.0
+        + f * (1.0 + f / 2.0 * (1.0 + f / 3.0 * (1.0 + f / 4.0 * (1.0 + f / 5.0 * (1.0 + f / 6.0 * (1.0 + f / 7.0))))));
     series * f64::from_bits(((whole + 1023) as u64) << 52)
 }
 
@@ -180,7 +192,14 @@ mod tests {
 
     #[test]
     fn ranks_are_drawn_in_proportion() {
-        for (n, milli) in [(1u64, 1000), (2, 1000), (100, 1000), (100, 0), (1000, 700), (1000, 2000)] {
+        for (n, milli) in [
+            (1u64, 1000),
+            (2, 1000),
+            (100, 1000),
+            (100, 0),
+            (1000, 700),
+            (1000, 2000),
+        ] {
             let zipf = Zipf::new(n, milli);
             let weight = |r: u64| ((r + 1) as f64).powf(-f64::from(milli) / 1000.0);
             let total: f64 = (0..n).map(weight).sum();
@@ -193,7 +212,11 @@ mod tests {
             for r in [0, 1, n / 10, n / 2, n - 1].into_iter().filter(|&r| r < n) {
                 let expected = f64::from(draws) * weight(r) / total;
                 let error = (f64::from(hits[r as usize]) - expected).abs();
-                assert!(error < 6.0 * expected.sqrt() + 1.0, "n {n} s {milli} rank {r}: {} vs {expected}", hits[r as usize]);
+                assert!(
+                    error < 6.0 * expected.sqrt() + 1.0,
+                    "n {n} s {milli} rank {r}: {} vs {expected}",
+                    hits[r as usize]
+                );
             }
         }
     }

@@ -30,7 +30,11 @@ pub(crate) struct Memory {
 
 impl Memory {
     /// The loader said nothing.
-    pub(crate) const UNKNOWN: Self = Self { low_end: 0, high_start: HIGH_START, high_end: HIGH_START };
+    pub(crate) const UNKNOWN: Self = Self {
+        low_end: 0,
+        high_start: HIGH_START,
+        high_end: HIGH_START,
+    };
 
     /// Takes note of a range of RAM.
     pub(crate) fn add(&mut self, start: u64, bytes: u64) {
@@ -47,12 +51,16 @@ impl Memory {
     fn limit(mut self, bytes: Option<u64>) -> Self {
         let known = self.low_end + (self.high_end - self.high_start);
         match bytes.map(|bytes| bytes & !(PAGE_BYTES - 1)) {
-            None if known == 0 => refuse("mem=", "a size, as the loader gave no memory map"),
+            None if known == 0 => refuse("mem=", format_args!("a size, as the loader gave no memory map")),
             None => {}
-            Some(bytes) if known == 0 && bytes > LOW_END_MAX => refuse("mem=", "at most 3G without a memory map"),
+            Some(bytes) if known == 0 && bytes > LOW_END_MAX => {
+                refuse("mem=", format_args!("at most 3G without a memory map"))
+            }
             Some(bytes) if known == 0 => self.low_end = bytes,
             // Loaders keep the last pages for themselves, hence the slack.
-            Some(bytes) if bytes > known + (16 << 20) => refuse("mem=", "no more than the memory map has"),
+            Some(bytes) if bytes > known + (16 << 20) => {
+                refuse("mem=", format_args!("at most the {}K of the memory map", known >> 10))
+            }
             Some(bytes) => {
                 self.low_end = self.low_end.min(bytes);
                 self.high_end = self.high_end.min(self.high_start + (bytes - self.low_end));
@@ -86,7 +94,7 @@ impl Plan {
     pub(crate) fn make(config: &Config, memory: &Memory) -> Self {
         let memory = memory.limit(config.mem_bytes);
         if memory.low_end < image_end_gpa() + (1 << 20) {
-            refuse("mem=", "at least a megabyte more than the image");
+            refuse("mem=", format_args!("at least a megabyte more than the image"));
         }
         let table = map_high(&memory);
         // Room for as many entries as there could be pages: 0.2 % more than needed at most.
@@ -102,14 +110,20 @@ impl Plan {
             (Work::Dirty, Some(bytes)) => bytes / PAGE_BYTES,
         };
         if working > available || (config.work == Work::Dirty && working < config.cpus as u64) {
-            refuse("wss=", "a page per cpu, and no more than free memory");
+            refuse(
+                "wss=",
+                format_args!("a page per cpu, and at most the {}K that are free", available * 4),
+            );
         }
         let fill = match config.fill {
             Amount::All => available - working,
             Amount::Bytes(bytes) => bytes / PAGE_BYTES,
         };
         if working + fill > available {
-            refuse("fill=", "no more than free memory");
+            refuse(
+                "fill=",
+                format_args!("at most the {}K that are free", (available - working) * 4),
+            );
         }
         Self {
             pages: working + fill,
@@ -168,9 +182,15 @@ impl Plan {
         let part = |first: u64, pages: u64| {
             let cpu = cpu as u64;
             let (from, to) = (pages * cpu / self.cpus, pages * (cpu + 1) / self.cpus);
-            Extent { first: first + from, pages: to - from }
+            Extent {
+                first: first + from,
+                pages: to - from,
+            }
         };
-        Partition { working: part(0, self.working), fill: part(self.working, self.pages - self.working) }
+        Partition {
+            working: part(0, self.working),
+            fill: part(self.working, self.pages - self.working),
+        }
     }
 }
 
@@ -219,7 +239,10 @@ fn map_high(memory: &Memory) -> u64 {
     let directories = (&raw const page_directories_table) as *mut u64;
     for gib in 4..memory.high_end.div_ceil(1 << 30) {
         if free + (1 << 20) > memory.low_end {
-            refuse("mem=", "more low memory for the page tables of high memory");
+            refuse(
+                "mem=",
+                format_args!("more low memory for the page tables of high memory"),
+            );
         }
         let directory = free as *mut u64;
         for i in 0..512 {

@@ -50,7 +50,7 @@ pub enum Class {
     Zero = 0,
     /// Words that depend on the page alone, except eight that hold the sequence: small deltas.
     Counter = 1,
-    /// Words of English, drawn anew in each version: compresses to about a third.
+    /// Words of English, drawn anew in each version: a page compresses 2.5 times by lz4, 4.7 times by zstd.
     Text = 2,
     /// Noise, entirely new in each version.
     Random = 3,
@@ -123,12 +123,16 @@ struct Checksum {
 impl Checksum {
     #[inline(always)]
     fn over(header: &Chunk) -> Self {
-        let mut checksum = Self { sums: [0; LANES], sums_of_sums: [0; LANES] };
+        let mut checksum = Self {
+            sums: [0; LANES],
+            sums_of_sums: [0; LANES],
+        };
         checksum.add(header);
         checksum
     }
 
     #[inline(always)]
+    #[allow(clippy::needless_range_loop, reason = "three arrays walked in step")]
     fn add(&mut self, chunk: &Chunk) {
         for lane in 0..LANES {
             self.sums[lane] = self.sums[lane].wrapping_add(chunk[lane]);
@@ -194,7 +198,7 @@ impl Body for Prose {
     }
 }
 
-/// Chosen so that a page of these compresses to about a third (measured: see the README).
+/// As many as make a page of them compress about three times: fewer would compress better.
 #[rustfmt::skip]
 const WORDS: [&[u8; 8]; 32] = [
     b"the     ", b"guest   ", b"moves   ", b"while   ", b"running,", b" memory ", b"follows ", b"pages\n  ",
@@ -247,7 +251,13 @@ impl Version {
         unsafe {
             match self.class {
                 Class::Zero => self.write_body(page, &Zeros),
-                Class::Counter => self.write_body(page, &Counting { base: mix(self.page), sequence: self.sequence }),
+                Class::Counter => self.write_body(
+                    page,
+                    &Counting {
+                        base: mix(self.page),
+                        sequence: self.sequence,
+                    },
+                ),
                 Class::Text => self.write_body(page, &Prose { seed: self.seed() }),
                 Class::Random => self.write_body(page, &Noise { seed: self.seed() }),
             }
@@ -283,7 +293,13 @@ impl Version {
         unsafe {
             match self.class {
                 Class::Zero => self.matches_body(page, &Zeros),
-                Class::Counter => self.matches_body(page, &Counting { base: mix(self.page), sequence: self.sequence }),
+                Class::Counter => self.matches_body(
+                    page,
+                    &Counting {
+                        base: mix(self.page),
+                        sequence: self.sequence,
+                    },
+                ),
                 Class::Text => self.matches_body(page, &Prose { seed: self.seed() }),
                 Class::Random => self.matches_body(page, &Noise { seed: self.seed() }),
             }
@@ -322,9 +338,17 @@ impl Version {
         let claimed = if found[0] == MAGIC { found[2] } else { 0 };
         let flaw = if found.iter().all(|&word| word == 0) {
             // A zero-class page whose last version was the empty one is not lost, only late.
-            if self.class == Class::Zero { Flaw::Stale } else { Flaw::Lost }
+            if self.class == Class::Zero {
+                Flaw::Stale
+            } else {
+                Flaw::Lost
+            }
         } else if found[0] != MAGIC {
-            if self.is_empty() { Flaw::Torn(torn) } else { Flaw::Foreign }
+            if self.is_empty() {
+                Flaw::Torn(torn)
+            } else {
+                Flaw::Foreign
+            }
         } else if found[1] != self.page {
             Flaw::Misplaced
         } else if found[3] != self.class as u64 {
@@ -410,7 +434,11 @@ impl Root {
     /// A root that promises nothing yet.
     pub const fn empty() -> Self {
         const IDLE: PerCpu = PerCpu {
-            journal: Journal { page: 0, from: 0, to: 0 },
+            journal: Journal {
+                page: 0,
+                from: 0,
+                to: 0,
+            },
             written: 0,
             checked: 0,
             ops: 0,
@@ -457,7 +485,11 @@ mod tests {
         for class in CLASSES {
             let page = written(7, 4, class);
             for (index, sequence) in [(7, 4), (7, 3), (7, 5), (8, 4)] {
-                let version = Version { page: index, sequence, class };
+                let version = Version {
+                    page: index,
+                    sequence,
+                    class,
+                };
                 let own = (index, sequence) == (7, 4);
                 assert_eq!(matches(version, &page), own, "{version:?}");
                 assert_eq!(version.flaw(&page).is_none(), own, "{version:?}");
@@ -467,14 +499,22 @@ mod tests {
 
     #[test]
     fn flaws_are_told_apart() {
-        let wanted = Version { page: 7, sequence: 4, class: Class::Text };
+        let wanted = Version {
+            page: 7,
+            sequence: 4,
+            class: Class::Text,
+        };
         assert_eq!(wanted.flaw(&written(7, 3, Class::Text)), Some((Flaw::Stale, 3)));
         assert_eq!(wanted.flaw(&written(7, 6, Class::Text)), Some((Flaw::Future, 6)));
         assert_eq!(wanted.flaw(&written(9, 4, Class::Text)), Some((Flaw::Misplaced, 4)));
         assert_eq!(wanted.flaw(&written(7, 4, Class::Random)), Some((Flaw::Class, 4)));
         assert_eq!(wanted.flaw(&[0; PAGE_WORDS]), Some((Flaw::Lost, 0)));
         assert_eq!(wanted.flaw(&[1; PAGE_WORDS]), Some((Flaw::Foreign, 0)));
-        let empty = Version { page: 7, sequence: 5, class: Class::Zero };
+        let empty = Version {
+            page: 7,
+            sequence: 5,
+            class: Class::Zero,
+        };
         assert_eq!(empty.flaw(&written(7, 4, Class::Zero)), Some((Flaw::Stale, 4)));
     }
 
@@ -482,7 +522,11 @@ mod tests {
     fn every_flipped_bit_is_seen() {
         for class in CLASSES {
             for sequence in [3, 4] {
-                let version = Version { page: 7, sequence, class };
+                let version = Version {
+                    page: 7,
+                    sequence,
+                    class,
+                };
                 let mut page = written(7, sequence, class);
                 for word in 0..PAGE_WORDS {
                     page[word] ^= 1 << (word % 64);
@@ -499,7 +543,11 @@ mod tests {
     fn a_torn_page_is_named_by_its_first_wrong_word() {
         let (old, mut new) = (written(7, 3, Class::Random), written(7, 4, Class::Random));
         new[200..].copy_from_slice(&old[200..]);
-        let version = Version { page: 7, sequence: 4, class: Class::Random };
+        let version = Version {
+            page: 7,
+            sequence: 4,
+            class: Class::Random,
+        };
         assert_eq!(version.flaw(&new), Some((Flaw::Torn(200), 4)));
     }
 

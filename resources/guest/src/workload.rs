@@ -83,7 +83,15 @@ struct Pages {
 impl Pages {
     fn new(cpu: usize, share: &'static Share) -> Self {
         let (me, plan) = (share.root_cpu(cpu), &share.plan);
-        Self { cpu, me, plan, mine: plan.partition(cpu), verify: share.config.verify, written: 0, checked: 0 }
+        Self {
+            cpu,
+            me,
+            plan,
+            mine: plan.partition(cpu),
+            verify: share.config.verify,
+            written: 0,
+            checked: 0,
+        }
     }
 
     /// Brings every page to its first version.
@@ -95,8 +103,6 @@ impl Pages {
                 beat.poll(now);
             }
         }
-        self.written = 0;
-        self.me.set_written(0);
     }
 
     /// Checks a page against the table, and moves it to its next version.
@@ -119,7 +125,14 @@ impl Pages {
         self.me.open_journal(page, from, to);
         compiler_fence(Ordering::SeqCst);
         // SAFETY: one owner, and the plan's pages are RAM.
-        unsafe { Version { page, sequence: to, class: self.plan.class(page) }.write(self.plan.address(page)) };
+        unsafe {
+            Version {
+                page,
+                sequence: to,
+                class: self.plan.class(page),
+            }
+            .write(self.plan.address(page))
+        };
         compiler_fence(Ordering::SeqCst);
         // SAFETY: one owner.
         unsafe { self.plan.set_sequence(page, to) };
@@ -132,7 +145,11 @@ impl Pages {
     /// Stops the guest unless the page is exactly this version.
     #[inline(always)]
     fn check(&mut self, page: u64, sequence: u64) {
-        let version = Version { page, sequence, class: self.plan.class(page) };
+        let version = Version {
+            page,
+            sequence,
+            class: self.plan.class(page),
+        };
         // SAFETY: the plan's pages are RAM; one owner, who is not writing it now.
         if !unsafe { version.matches(self.plan.address(page)) } {
             self.corrupt(version);
@@ -157,7 +174,9 @@ impl Pages {
                 let why = flaw.name();
                 fatal(
                     EXIT_CORRUPT,
-                    format_args!("CORRUPT cpu={cpu} page={page} gpa={gpa:#x} want={want} found={found} why={why} word={word}"),
+                    format_args!(
+                        "CORRUPT cpu={cpu} page={page} gpa={gpa:#x} want={want} found={found} why={why} word={word}"
+                    ),
                 )
             }
             // It was wrong and now it is right: something else is still writing this memory.
@@ -172,7 +191,10 @@ impl Pages {
     #[inline(never)]
     fn corrupt_journal(&self, page: u64) -> ! {
         let (cpu, found) = (self.cpu, self.me.journal_to());
-        fatal(EXIT_CORRUPT, format_args!("CORRUPT what=journal cpu={cpu} page={page} want=0 found={found}"))
+        fatal(
+            EXIT_CORRUPT,
+            format_args!("CORRUPT what=journal cpu={cpu} page={page} want=0 found={found}"),
+        )
     }
 }
 
@@ -181,10 +203,18 @@ fn copy_difference(version: &Version, copy: &umbra_guest::proof::Page) -> usize 
     let mut wanted = [0; PAGE_WORDS];
     // SAFETY: `wanted` is ours.
     unsafe { version.write(&raw mut wanted) };
-    wanted.iter().zip(copy).position(|(wanted, found)| wanted != found).unwrap_or(0)
+    wanted
+        .iter()
+        .zip(copy)
+        .position(|(wanted, found)| wanted != found)
+        .unwrap_or(0)
 }
 
 /// What a CPU is there for.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one per CPU, on its stack: there is no heap to box it on"
+)]
 enum Task {
     Idle,
     Dirty { choice: Choice, pace: Option<Pace> },
@@ -195,7 +225,10 @@ impl Task {
     fn new(share: &Share, pages: &Pages, now: u64) -> Self {
         match share.config.work {
             Work::Idle => Self::Idle,
-            Work::Dirty => Self::Dirty { choice: Choice::new(share, pages, now), pace: Pace::new(share, now) },
+            Work::Dirty => Self::Dirty {
+                choice: Choice::new(share, pages, now),
+                pace: Pace::new(share, now),
+            },
             Work::Compute => Self::Compute { round: 0, ops: 0 },
         }
     }
@@ -241,7 +274,12 @@ impl Pace {
         }
         let per_page = u128::from(clock.tsc_khz) * 1000 * u128::from(PAGE_BYTES) * config.cpus as u128 / rate;
         let interval = (per_page as u64).max(1);
-        Some(Self { interval, next: now, spell: clock.ticks(SPELL_US), arrears: clock.ticks(ARREARS_US) })
+        Some(Self {
+            interval,
+            next: now,
+            spell: clock.ticks(SPELL_US),
+            arrears: clock.ticks(ARREARS_US),
+        })
     }
 
     /// Until when to rest; `None` when a page is due, which it then takes as done.
@@ -256,11 +294,24 @@ impl Pace {
 }
 
 /// Which page next.
+#[allow(clippy::large_enum_variant, reason = "as Task")]
 enum Choice {
     Uniform(Rng),
-    Zipf { rng: Rng, zipf: Zipf, shuffle: Shuffle },
-    Seq { cursor: u64, round: u64 },
-    Phase { rng: Rng, hot: u64, start: u64, period: u64 },
+    Zipf {
+        rng: Rng,
+        zipf: Zipf,
+        shuffle: Shuffle,
+    },
+    Seq {
+        cursor: u64,
+        round: u64,
+    },
+    Phase {
+        rng: Rng,
+        hot: u64,
+        start: u64,
+        period: u64,
+    },
 }
 
 impl Choice {
@@ -269,13 +320,18 @@ impl Choice {
         let rng = Rng::new(pages.cpu as u64);
         match share.config.pattern {
             Pattern::Uniform => Self::Uniform(rng),
-            Pattern::Zipf => {
-                Self::Zipf { rng, zipf: Zipf::new(n, share.config.zipf_milli), shuffle: Shuffle::new(n, pages.cpu as u64) }
-            }
+            Pattern::Zipf => Self::Zipf {
+                rng,
+                zipf: Zipf::new(n, share.config.zipf_milli),
+                shuffle: Shuffle::new(n, pages.cpu as u64),
+            },
             Pattern::Seq => Self::Seq { cursor: 0, round: 1 },
-            Pattern::Phase => {
-                Self::Phase { rng, hot: n.div_ceil(8), start: now, period: share.clock.ticks(share.config.phase_us) }
-            }
+            Pattern::Phase => Self::Phase {
+                rng,
+                hot: n.div_ceil(8),
+                start: now,
+                period: share.clock.ticks(share.config.phase_us),
+            },
         }
     }
 
@@ -285,7 +341,12 @@ impl Choice {
         let n = match self {
             Self::Uniform(rng) => rng.below(mine.pages),
             Self::Zipf { rng, zipf, shuffle } => shuffle.place(zipf.draw(rng)),
-            Self::Phase { rng, hot, start, period } => {
+            Self::Phase {
+                rng,
+                hot,
+                start,
+                period,
+            } => {
                 let phase = now.saturating_sub(*start) / *period;
                 (phase * *hot + rng.below(*hot)) % mine.pages
             }
@@ -300,7 +361,10 @@ impl Choice {
                 let found = pages.plan.sequence(page);
                 if found != want {
                     let cpu = pages.cpu;
-                    fatal(EXIT_CORRUPT, format_args!("CORRUPT what=edge cpu={cpu} page={page} want={want} found={found}"));
+                    fatal(
+                        EXIT_CORRUPT,
+                        format_args!("CORRUPT what=edge cpu={cpu} page={page} want={want} found={found}"),
+                    );
                 }
                 n
             }
@@ -319,7 +383,12 @@ struct Scrub {
 
 impl Scrub {
     fn new(share: &Share, now: u64) -> Self {
-        Self { on: share.config.scrub, cursor: 0, next: now, interval: share.clock.ticks(SCRUB_US) }
+        Self {
+            on: share.config.scrub,
+            cursor: 0,
+            next: now,
+            interval: share.clock.ticks(SCRUB_US),
+        }
     }
 
     #[inline(always)]
@@ -365,7 +434,10 @@ fn compute(cpu: usize, round: u64) -> u64 {
         x = x.wrapping_sub(INCREMENT).wrapping_mul(inverse);
     }
     if x != start {
-        fatal(EXIT_CORRUPT, format_args!("CORRUPT what=compute cpu={cpu} want={start:#x} found={x:#x}"));
+        fatal(
+            EXIT_CORRUPT,
+            format_args!("CORRUPT what=compute cpu={cpu} want={start:#x} found={x:#x}"),
+        );
     }
     2 * STEPS
 }
