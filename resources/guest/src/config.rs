@@ -95,6 +95,8 @@ pub struct Config {
     pub verify: bool,
     /// Check all pages, slowly, in the background.
     pub scrub: bool,
+    /// Keep patterns in AVX-512 registers too.
+    pub simd: bool,
     /// Stop with exit code 0 after so long.
     pub run_us: Option<u64>,
 }
@@ -115,6 +117,7 @@ impl Default for Config {
             beat_us: 1000,
             verify: true,
             scrub: true,
+            simd: false,
             run_us: None,
         }
     }
@@ -200,10 +203,11 @@ impl Config {
             }
             "verify" => self.verify = switch(value)?,
             "scrub" => self.scrub = switch(value)?,
+            "simd" => self.simd = switch(value)?,
             "run" => self.run_us = Some(duration_us(value).filter(|&us| us > 0).ok_or(DURATION)?),
             _ => {
                 return Err(
-                    "cpus, mem, work, rate, wss, pattern, phase, zipf, content, fill, beat, verify, scrub or run",
+                    "cpus, mem, work, rate, wss, pattern, phase, zipf, content, fill, beat, verify, scrub, simd or run",
                 );
             }
         }
@@ -283,7 +287,7 @@ mod tests {
     #[test]
     fn every_key_is_understood() {
         let line = "cpus=4 mem=256M work=dirty rate=0 wss=8M pattern=zipf phase=500ms zipf=0.75 content=mixed \
-                    fill=all beat=200 verify=off scrub=off run=10";
+                    fill=all beat=200 verify=off scrub=off simd=on run=10";
         let expected = Config {
             cpus: 4,
             mem_bytes: Some(256 << 20),
@@ -298,6 +302,7 @@ mod tests {
             beat_us: 200,
             verify: false,
             scrub: false,
+            simd: true,
             run_us: Some(10_000_000),
         };
         assert_eq!(Config::parse(line).unwrap(), expected);

@@ -2,8 +2,11 @@
 //!
 //! A pattern is planted in every register that the compiler never uses, so that it lives nowhere but in the
 //! saved state of the vCPU: the bases of fs and gs (where CPL3 may set them), the eight MMX registers, the x87
-//! control word, a harmless bit of MXCSR, and with AVX-512 zmm16, zmm31 and k7. The SSE registers need none:
-//! the page checks live in them.
+//! control word, and a harmless bit of MXCSR. The SSE registers need none: the page checks live in them.
+//!
+//! With `simd=on` also zmm16, zmm31 and k7, where the CPU has them. Not by default: a host that runs CPL3 natively
+//! shows it AVX-512 already enabled, though nobody enabled it *for this guest*, and a VMM that was told of no such
+//! state (QEMU on such a host) rightly does not carry it.
 
 use crate::EXIT_CORRUPT;
 use crate::boot::Share;
@@ -55,7 +58,7 @@ impl Health {
             cpu,
             seed: mix(0x0ba5_e000 + cpu as u64),
             fsgsbase: cpu::cpuid(0, 0)[0] >= 7 && cpu::cpuid(7, 0)[1] & 1 != 0,
-            avx512: enable_avx512(),
+            avx512: share.config.simd && enable_avx512(),
             kvmclock: share.clock.kvm.then(|| KvmClock::start(cpu)),
             last_tsc: 0,
             last_ns: 0,

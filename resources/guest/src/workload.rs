@@ -179,7 +179,8 @@ impl Pages {
                     ),
                 )
             }
-            // It was wrong and now it is right: something else is still writing this memory.
+            // It was wrong and now it is right: a register was lost in the middle of the check, or something
+            // else is still writing this memory.
             None => fatal(
                 EXIT_CORRUPT,
                 format_args!("CORRUPT cpu={cpu} page={page} gpa={gpa:#x} want={want} found={want} why=unsteady word=0"),
