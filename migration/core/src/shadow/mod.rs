@@ -120,6 +120,8 @@ pub struct Shadow {
     held_since: Option<Now>,
     reasons: Option<Vec<String>>,
     closing: Option<Closing>,
+    /// The newest epoch the source took back: its closing batch may still be on its way.
+    withdrawn: Option<Epoch>,
     /// The term this shadow was told to run in.
     told: Option<Term>,
     outputs: VecDeque<Output>,
@@ -153,6 +155,7 @@ impl Shadow {
             held_since: None,
             reasons: None,
             closing: None,
+            withdrawn: None,
             told: None,
             outputs: VecDeque::new(),
         }
@@ -240,7 +243,11 @@ impl Shadow {
         self.held.push(applied.id);
         self.held_since.get_or_insert(now);
         if self.phase == ShadowPhase::Following {
-            if let Some(close) = applied.close {
+            // covered by: a_closing_batch_that_arrives_after_its_withdrawal_prepares_nothing
+            if let Some(close) = applied
+                .close
+                .filter(|_| self.withdrawn.is_none_or(|epoch| applied.epoch > epoch))
+            {
                 let (epoch, batch) = (applied.epoch, applied.id);
                 let times = PrepareTimes::default();
                 self.closing = Some(Closing {
@@ -410,6 +417,7 @@ impl Shadow {
     }
 
     fn withdrawn(&mut self, epoch: Epoch, _text: &str) {
+        self.withdrawn = self.withdrawn.max(Some(epoch));
         if self.closing.as_ref().is_some_and(|closing| closing.epoch == epoch) {
             self.closing = None;
         }

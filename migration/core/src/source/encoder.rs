@@ -68,15 +68,9 @@ impl Encoder {
         self.digest
     }
 
-    /// Copy a planned batch's pages out of `guest` and encode them. `compress` allows lz4; `close` ends the epoch with
-    /// the digest as it is after this batch.
-    pub fn encode(
-        &mut self,
-        plan: &Plan,
-        guest: &dyn Guest,
-        compress: bool,
-        close: Option<Close>,
-    ) -> Result<Encoded, Fault> {
+    /// Copy a planned batch's pages out of `guest` and encode them. `compress` allows lz4. A plan that closes its epoch
+    /// gets the digest as it is after this batch.
+    pub fn encode(&mut self, plan: Plan, guest: &dyn Guest, compress: bool) -> Result<Encoded, Fault> {
         let mut writer = BatchWriter::new(plan.batch, plan.epoch, plan.owed_after.0);
         for run in plan.pages.chunk_by(|a, b| a.page.space == b.page.space) {
             let space = run[0].page.space;
@@ -95,7 +89,7 @@ impl Encoder {
             self.scratch = contents;
             read?;
         }
-        if let Some(close) = close {
+        if let Some(close) = plan.close {
             writer.close(Close {
                 digest: self.digest,
                 ..close
