@@ -1,0 +1,422 @@
+//! A node that holds shadows: waits for a source, follows it, and runs the guest when told.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{broadcast, mpsc, oneshot};
+use umbra_core::batch::Batch;
+use umbra_core::error::Fault;
+use umbra_core::event::Event;
+use umbra_core::guest::{Guest, GuestBuilder, Space, StateRecord};
+use umbra_core::phase::ShadowPhase;
+use umbra_core::shadow::{Applied, Image, Outcome, Output, Shadow, ShadowConfig, ShadowStatus, Step};
+use umbra_core::wire::Message;
+use umbra_paths::{LinkEvent, LinkStats};
+use umbra_quic::{Incoming, LinkNews, LinkReceiver, LinkSender, Listener};
+use umbra_units::{Epoch, GuestId, Now, PageId, Term};
+
+use crate::clock::Clock;
+use crate::error::{CommandError, StartError};
+use crate::hands::{Answers, Hand};
+
+/// A source that has been silent on all paths for this long may be replaced by another.
+const FORGET_AFTER: Duration = Duration::from_secs(15);
+/// How long the last words of a session may take to arrive.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+/// How long a source may take to hear that its guest runs here; it asks again over whatever path comes back.
+const LINGER: Duration = Duration::from_secs(3600);
+/// Batches that may wait to be applied before the link is read no further, so that a source faster than this host's
+/// memory is held back instead of being stored.
+const APPLY_AHEAD: usize = 64;
+/// Events that a slow listener may be behind before it misses some.
+const EVENTS_KEPT: usize = 256;
+
+/// A guest that was taken over: it runs here now.
+pub struct TakenOver {
+    /// The guest, running.
+    pub guest: Arc<dyn Guest>,
+    /// Which guest.
+    pub id: GuestId,
+    /// The term it runs in here.
+    pub term: Term,
+}
+
+impl std::fmt::Debug for TakenOver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TakenOver").field("id", &self.id).field("term", &self.term).finish_non_exhaustive()
+    }
+}
+
+/// A shadow node's account of itself.
+#[derive(Debug, Clone)]
+pub struct ShadowNodeStatus {
+    /// What the state machine says.
+    pub shadow: ShadowStatus,
+    /// What the link says, while there is one.
+    pub link: Option<LinkStats>,
+    /// The last thing that went wrong, on either side, if anything did.
+    pub last_error: Option<String>,
+}
+
+#[derive(Debug)]
+enum Command {
+    Status(oneshot::Sender<ShadowNodeStatus>),
+    Vouch(oneshot::Sender<Result<(), CommandError>>),
+    End(String, oneshot::Sender<Result<(), CommandError>>),
+}
+
+/// A handle to a shadow node's loop.
+#[derive(Debug, Clone)]
+pub struct ShadowHandle {
+    commands: mpsc::Sender<Command>,
+    events: broadcast::Sender<Event>,
+}
+
+impl ShadowHandle {
+    /// What happens from now on.
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+
+    /// Where everything stands.
+    pub async fn status(&self) -> Result<ShadowNodeStatus, CommandError> {
+        self.ask(Command::Status).await
+    }
+
+    /// Run the final epoch that stands prepared. The caller vouches that the source is dead and will not return.
+    pub async fn vouch(&self) -> Result<(), CommandError> {
+        self.ask(Command::Vouch).await?
+    }
+
+    /// End the session under way and wait for another source.
+    pub async fn end(&self, why: &str) -> Result<(), CommandError> {
+        self.ask(|answer| Command::End(why.to_owned(), answer)).await?
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, CommandError> {
+        let (answer, answered) = oneshot::channel();
+        let over = || CommandError::Over("the guest was taken over, or the node is stopping".to_owned());
+        self.commands.send(command(answer)).await.map_err(|_| over())?;
+        answered.await.map_err(|_| over())
+    }
+}
+
+/// A node that waits for sources, one at a time.
+pub struct ShadowNode {
+    listener: Listener,
+    builder: Arc<dyn GuestBuilder>,
+    config: ShadowConfig,
+    commands: mpsc::Receiver<Command>,
+    events: broadcast::Sender<Event>,
+    last_error: Option<String>,
+}
+
+impl std::fmt::Debug for ShadowNode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ShadowNode").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+/// How one session ended, for the node.
+enum Ended {
+    TakenOver(TakenOver),
+    Dropped,
+    /// Another source takes the silent one's place.
+    Replaced(Incoming),
+}
+
+impl ShadowNode {
+    /// A node that accepts sources on `listener` and builds their guests' twins with `builder`.
+    pub fn new(listener: Listener, builder: Arc<dyn GuestBuilder>, config: ShadowConfig) -> (Self, ShadowHandle) {
+        let (commands_in, commands) = mpsc::channel(16);
+        let (events, _) = broadcast::channel(EVENTS_KEPT);
+        let handle = ShadowHandle { commands: commands_in, events: events.clone() };
+        (Self { listener, builder, config, commands, events, last_error: None }, handle)
+    }
+
+    /// Serve sources until a guest runs here.
+    pub async fn run(mut self) -> Result<TakenOver, StartError> {
+        let mut next = None;
+        loop {
+            let incoming = match next.take() {
+                Some(incoming) => incoming,
+                None => self.wait_for_source().await?,
+            };
+            match self.serve(incoming).await? {
+                Ended::TakenOver(guest) => return Ok(guest),
+                Ended::Dropped => {}
+                Ended::Replaced(incoming) => next = Some(incoming),
+            }
+        }
+    }
+
+    async fn wait_for_source(&mut self) -> Result<Incoming, StartError> {
+        let listening = Shadow::new(self.config.clone());
+        loop {
+            tokio::select! {
+                incoming = self.listener.accept() => return Ok(incoming?),
+                Some(command) = self.commands.recv() => match command {
+                    Command::Status(answer) => {
+                        let (shadow, last_error) = (listening.status(), self.last_error.clone());
+                        let _ = answer.send(ShadowNodeStatus { shadow, link: None, last_error });
+                    }
+                    Command::Vouch(answer) | Command::End(_, answer) => {
+                        let text = "no session is under way".to_owned();
+                        let _ = answer.send(Err(CommandError::Refused(text)));
+                    }
+                },
+            }
+        }
+    }
+
+    async fn serve(&mut self, incoming: Incoming) -> Result<Ended, StartError> {
+        let clock = Clock::new();
+        let (answer, mut answers) = mpsc::unbounded_channel();
+        let twin_hand = start_twin_hand(Arc::clone(&self.builder), clock, answer)?;
+        let (sender, mut link) = incoming.accept();
+        let mut session = ShadowTask {
+            shadow: Shadow::new(self.config.clone()),
+            sender,
+            twin_hand,
+            events: self.events.clone(),
+            clock,
+            applying: 0,
+            silent_since: None,
+            last_error: None,
+            taken: None,
+            outcome: None,
+        };
+        let ended = loop {
+            session.perform();
+            if let Some(outcome) = session.outcome.take() {
+                break session.finish(outcome, link).await;
+            }
+            tokio::select! {
+                biased;
+                Some((at, answer)) = answers.recv() => session.handle_answer(at, answer),
+                news = link.recv(), if session.applying < APPLY_AHEAD => session.handle_link(news),
+                Some(command) = self.commands.recv() => session.handle_command(command),
+                incoming = self.listener.accept() => {
+                    if let Some(incoming) = session.consider(incoming?) {
+                        session.shadow.end("another source took this shadow's place after a long silence").ok();
+                        break Ended::Replaced(incoming);
+                    }
+                }
+                () = clock.sleep_until(session.shadow.poll_timeout()) => session.shadow.handle_time(clock.now()),
+            }
+        };
+        self.last_error = session.last_error;
+        Ok(ended)
+    }
+}
+
+/// What the twin's hand is given.
+enum Work {
+    Step(Step),
+    /// A batch that arrived at this moment.
+    Apply(Now, bytes::Bytes),
+}
+
+/// What the twin's hand answers.
+enum Answer {
+    Built(Result<Vec<Space>, Fault>),
+    Applied(Now, Applied),
+    Audited(Epoch, Vec<PageId>),
+    Restored(Epoch, Result<(), Fault>),
+    Resumed(Result<(Duration, Arc<dyn Guest>), Fault>),
+    Failed(Fault),
+}
+
+/// The guest's twin and what it holds; lives on its hand's thread.
+struct Twin {
+    guest: Arc<dyn Guest>,
+    image: Image,
+}
+
+/// One thread builds the twin, applies batches, loads state and starts the vCPUs, in that order: nothing it does can
+/// overlap, so nothing needs a lock.
+fn start_twin_hand(
+    builder: Arc<dyn GuestBuilder>,
+    clock: Clock,
+    answers: Answers<Answer>,
+) -> Result<Hand<Work>, StartError> {
+    let mut twin: Option<Twin> = None;
+    Hand::start("umbra-twin", clock, answers, move |work| {
+        let Some(twin) = &mut twin else { return begin(&*builder, work, &mut twin) };
+        Some(match work {
+            Work::Apply(arrived, bytes) => match twin.apply(&bytes) {
+                Ok(applied) => Answer::Applied(arrived, applied),
+                Err(fault) => Answer::Failed(fault),
+            },
+            Work::Step(Step::Build(..)) => Answer::Failed(Fault::PeerMisbehaved("it described two guests".to_owned())),
+            Work::Step(Step::Audit(epoch)) => match twin.image.audit(&*twin.guest) {
+                Ok(differing) => Answer::Audited(epoch, differing),
+                Err(fault) => Answer::Failed(fault),
+            },
+            Work::Step(Step::Restore(epoch, records)) => Answer::Restored(epoch, twin.restore(&records)),
+            Work::Step(Step::Resume) => Answer::Resumed(twin.resume()),
+        })
+    })
+}
+
+fn begin(builder: &dyn GuestBuilder, work: Work, twin: &mut Option<Twin>) -> Option<Answer> {
+    let Work::Step(Step::Build(description, _)) = work else {
+        return Some(Answer::Failed(Fault::PeerMisbehaved("it sent pages before a guest".to_owned())));
+    };
+    let built = builder.build(&description).map(|guest| {
+        let spaces = guest.spaces();
+        *twin = Some(Twin { image: Image::new(&spaces), guest });
+        spaces
+    });
+    Some(Answer::Built(built.map_err(Fault::from)))
+}
+
+impl Twin {
+    fn apply(&mut self, bytes: &[u8]) -> Result<Applied, Fault> {
+        self.image.apply(Batch::parse(bytes)?, &*self.guest)
+    }
+
+    fn restore(&self, records: &[StateRecord]) -> Result<(), Fault> {
+        Ok(self.guest.restore(records)?)
+    }
+
+    fn resume(&self) -> Result<(Duration, Arc<dyn Guest>), Fault> {
+        let began = Instant::now();
+        self.guest.resume()?;
+        Ok((began.elapsed(), Arc::clone(&self.guest)))
+    }
+}
+
+/// The source waits for our word that the guest runs, and closes the link when it has it. The link must live so long,
+/// over an outage too, but nobody here has to wait for it.
+async fn linger(sender: LinkSender, mut link: LinkReceiver) {
+    let closed = async { while !matches!(link.recv().await, LinkNews::Closed(_)) {} };
+    if tokio::time::timeout(LINGER, closed).await.is_err() {
+        sender.close("the guest runs here", LAST_WORDS).await;
+    }
+}
+
+struct ShadowTask {
+    shadow: Shadow,
+    sender: LinkSender,
+    twin_hand: Hand<Work>,
+    events: broadcast::Sender<Event>,
+    clock: Clock,
+    /// Batches given to the hand and not yet answered.
+    applying: usize,
+    /// Since when no path has carried anything.
+    silent_since: Option<Now>,
+    last_error: Option<String>,
+    taken: Option<Arc<dyn Guest>>,
+    outcome: Option<Outcome>,
+}
+
+impl ShadowTask {
+    fn perform(&mut self) {
+        while let Some(output) = self.shadow.poll_output() {
+            match output {
+                Output::Send(message) => self.send(&message),
+                Output::Do(step) => self.twin_hand.give(Work::Step(step)),
+                Output::Event(event) => {
+                    tracing::info!(?event, "shadow");
+                    let _ = self.events.send(event);
+                }
+                Output::End(outcome) => self.outcome = Some(outcome),
+            }
+        }
+    }
+
+    fn handle_answer(&mut self, at: Now, answer: Answer) {
+        match answer {
+            Answer::Built(built) => self.shadow.handle_built(built),
+            Answer::Applied(arrived, applied) => {
+                self.applying -= 1;
+                self.shadow.handle_applied(at, arrived, applied);
+            }
+            Answer::Audited(epoch, differing) => self.shadow.handle_audited(at, epoch, &differing),
+            Answer::Restored(epoch, restored) => self.shadow.handle_restored(at, epoch, restored),
+            Answer::Resumed(resumed) => {
+                let took = resumed.map(|(took, guest)| {
+                    self.taken = Some(guest);
+                    took
+                });
+                self.shadow.handle_resumed(took);
+            }
+            Answer::Failed(fault) => self.shadow.handle_failed(fault),
+        }
+    }
+
+    fn handle_link(&mut self, news: LinkNews) {
+        let now = self.clock.now();
+        match news {
+            LinkNews::Event(LinkEvent::Message(bytes)) => match Message::decode(&bytes) {
+                Ok(message) => self.shadow.handle_message(now, message),
+                Err(malformed) => self.shadow.handle_failed(malformed.into()),
+            },
+            LinkNews::Event(LinkEvent::Block { bytes, .. }) => {
+                self.applying += 1;
+                self.twin_hand.give(Work::Apply(now, bytes));
+            }
+            LinkNews::Event(LinkEvent::AllPathsDown) => {
+                self.silent_since = Some(now);
+                self.shadow.handle_link_up(false);
+            }
+            LinkNews::Event(LinkEvent::Restored) => {
+                self.silent_since = None;
+                self.shadow.handle_link_up(true);
+            }
+            LinkNews::Event(LinkEvent::PathUp(path)) => tracing::info!(%path, "path up"),
+            LinkNews::Event(LinkEvent::PathSuspect(path, why)) => tracing::warn!(%path, ?why, "path suspected"),
+            LinkNews::Event(LinkEvent::PathDown(path)) => tracing::warn!(%path, "path down"),
+            LinkNews::Event(LinkEvent::BlockDelivered(_)) => {}
+            LinkNews::Closed(why) => self.shadow.handle_link_lost(&why.to_string()),
+        }
+    }
+
+    fn handle_command(&mut self, command: Command) {
+        match command {
+            Command::Status(answer) => {
+                let (shadow, link) = (self.shadow.status(), Some(self.sender.stats()));
+                let _ = answer.send(ShadowNodeStatus { shadow, link, last_error: self.last_error.clone() });
+            }
+            Command::Vouch(answer) => drop(answer.send(self.shadow.vouch().map_err(Into::into))),
+            Command::End(why, answer) => drop(answer.send(self.shadow.end(&why).map_err(Into::into))),
+        }
+    }
+
+    /// Another source knocks. It is let in only if ours has been silent for long and nothing stands prepared: a final
+    /// epoch may be the only copy of its guest.
+    fn consider(&self, incoming: Incoming) -> Option<Incoming> {
+        let silent = self.silent_since.is_some_and(|since| self.clock.now().since(since) > FORGET_AFTER);
+        let keeps = matches!(self.shadow.phase(), ShadowPhase::Preparing | ShadowPhase::Prepared | ShadowPhase::Starting);
+        if silent && !keeps {
+            return Some(incoming);
+        }
+        let guest = self.shadow.status().hello.map_or_else(|| "another guest".to_owned(), |hello| format!("guest {}", hello.guest));
+        incoming.refuse(&format!("busy: this node shadows {guest}, phase {}", self.shadow.phase()));
+        None
+    }
+
+    fn send(&self, message: &Message) {
+        if let Err(error) = self.sender.send_message(message.encode()) {
+            tracing::debug!(%error, ?message, "not sent");
+        }
+    }
+
+    async fn finish(&mut self, outcome: Outcome, link: LinkReceiver) -> Ended {
+        match outcome {
+            Outcome::Runs(term) => {
+                let guest = self.taken.take().expect("a guest that runs was resumed");
+                let id = self.shadow.status().hello.expect("somebody's guest").guest;
+                tokio::spawn(linger(self.sender.clone(), link));
+                Ended::TakenOver(TakenOver { guest, id, term })
+            }
+            Outcome::Dropped { text, .. } => {
+                tracing::warn!(why = %text, "session dropped");
+                self.last_error = Some(text.clone());
+                self.sender.close(&text, LAST_WORDS).await;
+                Ended::Dropped
+            }
+        }
+    }
+}

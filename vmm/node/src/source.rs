@@ -1,0 +1,454 @@
+//! One guest that runs here, and the loop that keeps its shadow.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use umbra_core::batch::PageCounts;
+use umbra_core::error::Fault;
+use umbra_core::event::Event;
+use umbra_core::guest::{Guest, Harvest, StateRecord};
+use umbra_core::phase::SourcePhase;
+use umbra_core::predict::LinkFacts;
+use umbra_core::report::SwitchoverReport;
+use umbra_core::source::{
+    Encoder, Outcome, Output, Plan, Source, SourceConfig, SourceStatus, Step, SwitchoverOptions,
+};
+use umbra_core::wire::Message;
+use umbra_paths::{Class, LinkEvent, LinkStats};
+use umbra_quic::{LinkNews, LinkReceiver, LinkSender};
+use umbra_units::{Bandwidth, BatchId, Bytes, GuestId, Now, PageId, SessionId, Term};
+
+use crate::clock::Clock;
+use crate::error::{CommandError, StartError, SwitchoverError};
+use crate::hands::{Answers, Hand};
+use crate::link::facts_of;
+
+/// Batches being copied and encoded at once: one under way, and the next ones ready for it.
+const ENCODE_AHEAD: usize = 3;
+/// Above this rate the link is quicker than lz4 on one core, and compression only costs.
+const TOO_FAST_TO_COMPRESS: Bandwidth = Bandwidth(400 << 20);
+/// How often the link's rate is looked at while nothing else happens.
+const LOOK_AT_LINK: Duration = Duration::from_millis(20);
+/// How long the last words of a session may take to arrive.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+/// Events that a slow listener may be behind before it misses some.
+const EVENTS_KEPT: usize = 256;
+
+/// How a guest is protected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProtectConfig {
+    /// Pace and batch size.
+    pub source: SourceConfig,
+    /// Page contents kept to make deltas against.
+    pub cache: Bytes,
+    /// Whether batches may be compressed.
+    pub compression: Compression,
+}
+
+impl Default for ProtectConfig {
+    fn default() -> Self {
+        Self {
+            source: SourceConfig::default(),
+            cache: umbra_core::source::DEFAULT_CACHE,
+            compression: Compression::Auto,
+        }
+    }
+}
+
+/// When batches are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Compression {
+    /// When the link is slower than the processor.
+    #[default]
+    Auto,
+    /// Always (batches that do not shrink still travel as they are).
+    On,
+    /// Never.
+    Off,
+}
+
+/// What a protected guest is called, and who runs it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GuestIdentity {
+    /// Which guest.
+    pub guest: GuestId,
+    /// The term it runs in here.
+    pub term: Term,
+}
+
+/// A session's account of itself, link and all.
+#[derive(Debug, Clone)]
+pub struct ProtectionStatus {
+    /// What the state machine says.
+    pub source: SourceStatus,
+    /// What the link says.
+    pub link: LinkStats,
+    /// The last thing that went wrong, on either side, if anything did.
+    pub last_error: Option<String>,
+}
+
+/// A guest that is being shadowed: a handle to the session's loop. Dropping it does not end the session.
+#[derive(Debug, Clone)]
+pub struct Protection {
+    commands: mpsc::Sender<Command>,
+    events: broadcast::Sender<Event>,
+    outcome: watch::Receiver<Option<Outcome>>,
+}
+
+#[derive(Debug)]
+enum Command {
+    Status(oneshot::Sender<ProtectionStatus>),
+    Switchover(SwitchoverOptions, oneshot::Sender<Result<SwitchoverReport, SwitchoverError>>),
+    CancelSwitchover(oneshot::Sender<Result<(), CommandError>>),
+    End(String, oneshot::Sender<Result<(), CommandError>>),
+    Reclaim(oneshot::Sender<Result<(), CommandError>>),
+}
+
+impl Protection {
+    /// Start shadowing `guest`, which runs here, over `link`. Needs a tokio runtime.
+    pub fn start(
+        guest: Arc<dyn Guest>,
+        identity: GuestIdentity,
+        session: SessionId,
+        link: (LinkSender, LinkReceiver),
+        config: ProtectConfig,
+    ) -> Result<Self, StartError> {
+        let (commands, inbox) = mpsc::channel(16);
+        let (events, _) = broadcast::channel(EVENTS_KEPT);
+        let (outcome_in, outcome) = watch::channel(None);
+        let (sender, receiver) = link;
+        let task = SourceTask::new(guest, identity, session, sender, config, events.clone())?;
+        tokio::spawn(async move {
+            let outcome = task.run(receiver, inbox).await;
+            outcome_in.send_replace(Some(outcome));
+        });
+        Ok(Self { commands, events, outcome })
+    }
+
+    /// What happens from now on.
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+
+    /// Where everything stands.
+    pub async fn status(&self) -> Result<ProtectionStatus, CommandError> {
+        self.ask(Command::Status).await
+    }
+
+    /// Move the guest to its shadow. Returns when it runs there, or with the reason why it does not.
+    pub async fn switchover(&self, options: SwitchoverOptions) -> Result<SwitchoverReport, SwitchoverError> {
+        let over = |error: CommandError| SwitchoverError { text: error.to_string(), fault: None };
+        self.ask(|answer| Command::Switchover(options, answer)).await.map_err(over)?
+    }
+
+    /// Take back a switchover that has not reached its commit point.
+    pub async fn cancel_switchover(&self) -> Result<(), CommandError> {
+        self.ask(Command::CancelSwitchover).await?
+    }
+
+    /// End the session; the guest stays here.
+    pub async fn end(&self, why: &str) -> Result<(), CommandError> {
+        self.ask(|answer| Command::End(why.to_owned(), answer)).await?
+    }
+
+    /// Take back a guest that was handed over and never confirmed. The caller vouches that the shadow is dead.
+    pub async fn reclaim(&self) -> Result<(), CommandError> {
+        self.ask(Command::Reclaim).await?
+    }
+
+    /// How the session ended, once it has.
+    pub async fn outcome(&self) -> Outcome {
+        let mut outcome = self.outcome.clone();
+        let ended = outcome.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
+        // The task never goes away without an outcome unless it panicked or the runtime is shutting down.
+        ended.unwrap_or_else(|| std::panic::panic_any("the session's task ended without an outcome"))
+    }
+
+    /// How the session ended, if it has.
+    pub fn ended(&self) -> Option<Outcome> {
+        self.outcome.borrow().clone()
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, CommandError> {
+        let (answer, answered) = oneshot::channel();
+        let over = || CommandError::Over(self.ended().map_or_else(String::new, |outcome| describe(&outcome)));
+        self.commands.send(command(answer)).await.map_err(|_| over())?;
+        answered.await.map_err(|_| over())
+    }
+}
+
+/// An outcome in words for an operator.
+pub fn describe(outcome: &Outcome) -> String {
+    match outcome {
+        Outcome::Moved(report) => format!("the guest moved in term {}", report.term),
+        Outcome::Stayed { text, .. } => text.clone(),
+    }
+}
+
+/// What the hands answer.
+#[derive(Debug)]
+enum Answer {
+    Tracked(Harvest),
+    Harvested(Harvest),
+    Paused,
+    Saved(Vec<StateRecord>),
+    Audited(Vec<PageId>),
+    Encoded(BatchId, Bytes, PageCounts),
+    Failed(Fault),
+}
+
+/// What the encoding hand is given.
+#[derive(Debug)]
+enum Work {
+    Encode { plan: Plan, compress: bool },
+    Audit,
+}
+
+struct SourceTask {
+    source: Source,
+    sender: LinkSender,
+    guest_hand: Hand<Step>,
+    encode_hand: Hand<Work>,
+    answers: mpsc::UnboundedReceiver<(Now, Answer)>,
+    events: broadcast::Sender<Event>,
+    clock: Clock,
+    compression: Compression,
+    /// Plans given to the encoding hand and not yet answered.
+    encoding: usize,
+    facts: LinkFacts,
+    mover: Option<oneshot::Sender<Result<SwitchoverReport, SwitchoverError>>>,
+    last_error: Option<String>,
+    outcome: Option<Outcome>,
+}
+
+impl SourceTask {
+    fn new(
+        guest: Arc<dyn Guest>,
+        identity: GuestIdentity,
+        session: SessionId,
+        sender: LinkSender,
+        config: ProtectConfig,
+        events: broadcast::Sender<Event>,
+    ) -> Result<Self, StartError> {
+        let spaces = guest.spaces();
+        let clock = Clock::new();
+        let (answer, answers) = mpsc::unbounded_channel();
+        let source =
+            Source::new(config.source, identity.guest, session, identity.term, guest.describe(), &spaces);
+        let encoder = Encoder::new(&spaces, config.cache);
+        Ok(Self {
+            source,
+            guest_hand: start_guest_hand(Arc::clone(&guest), clock, answer.clone())?,
+            encode_hand: start_encode_hand(guest, encoder, sender.clone(), clock, answer)?,
+            sender,
+            answers,
+            events,
+            clock,
+            compression: config.compression,
+            encoding: 0,
+            facts: LinkFacts::default(),
+            mover: None,
+            last_error: None,
+            outcome: None,
+        })
+    }
+
+    async fn run(mut self, mut link: LinkReceiver, mut commands: mpsc::Receiver<Command>) -> Outcome {
+        let mut room = self.sender.room_watch();
+        let mut look_at_link = tokio::time::interval(LOOK_AT_LINK);
+        loop {
+            self.perform();
+            if let Some(outcome) = self.outcome.take() {
+                self.finish(&outcome).await;
+                return outcome;
+            }
+            tokio::select! {
+                biased;
+                Some((at, answer)) = self.answers.recv() => self.handle_answer(at, answer),
+                news = link.recv() => self.handle_link(news),
+                Some(command) = commands.recv() => self.handle_command(command),
+                Ok(()) = room.changed() => {}
+                _ = look_at_link.tick() => self.look_at_link(),
+                () = self.clock.sleep_until(self.source.poll_timeout()) => self.source.handle_time(self.clock.now()),
+            }
+        }
+    }
+
+    /// Do everything the state machine wants done, and keep the encoding hand busy while the link has room.
+    fn perform(&mut self) {
+        loop {
+            while let Some(output) = self.source.poll_output() {
+                match output {
+                    Output::Send(message) => self.send(&message),
+                    Output::Do(Step::Audit) => self.encode_hand.give(Work::Audit),
+                    Output::Do(step) => self.guest_hand.give(step),
+                    Output::Event(event) => self.tell(event),
+                    Output::End(outcome) => self.outcome = Some(outcome),
+                }
+            }
+            let urgent = self.source.phase() == SourcePhase::Final;
+            if self.encoding >= ENCODE_AHEAD || !(urgent || self.sender.room() > 0) {
+                return;
+            }
+            let Some(plan) = self.source.take_plan(self.clock.now()) else { return };
+            self.encoding += 1;
+            self.encode_hand.give(Work::Encode { plan, compress: self.compresses() });
+        }
+    }
+
+    fn compresses(&self) -> bool {
+        match self.compression {
+            Compression::Auto => self.facts.rate < TOO_FAST_TO_COMPRESS,
+            Compression::On => true,
+            Compression::Off => false,
+        }
+    }
+
+    fn handle_answer(&mut self, at: Now, answer: Answer) {
+        match answer {
+            Answer::Tracked(untouched) => self.source.handle_tracked(at, &untouched),
+            Answer::Harvested(harvest) => self.source.handle_harvest(at, &harvest),
+            Answer::Paused => self.source.handle_paused(at),
+            Answer::Saved(records) => self.source.handle_saved(at, records),
+            Answer::Audited(differing) => self.source.handle_audited(at, &differing),
+            Answer::Encoded(batch, bytes, counts) => {
+                self.encoding -= 1;
+                self.source.handle_encoded(at, batch, bytes, counts);
+            }
+            Answer::Failed(fault) => {
+                self.last_error = Some(fault.to_string());
+                self.source.handle_failed(fault);
+            }
+        }
+    }
+
+    fn handle_link(&mut self, event: LinkNews) {
+        let now = self.clock.now();
+        match event {
+            LinkNews::Event(LinkEvent::Message(bytes)) => match Message::decode(&bytes) {
+                Ok(message) => self.source.handle_message(now, message),
+                Err(malformed) => self.source.handle_failed(malformed.into()),
+            },
+            LinkNews::Event(LinkEvent::Block { .. }) => {
+                let fault = Fault::PeerMisbehaved("a shadow sends no pages".to_owned());
+                self.source.handle_failed(fault);
+            }
+            LinkNews::Event(LinkEvent::AllPathsDown) => self.source.handle_link_up(false),
+            LinkNews::Event(LinkEvent::Restored) => self.source.handle_link_up(true),
+            LinkNews::Event(LinkEvent::PathUp(path)) => tracing::info!(%path, "path up"),
+            LinkNews::Event(LinkEvent::PathSuspect(path, why)) => tracing::warn!(%path, ?why, "path suspected"),
+            LinkNews::Event(LinkEvent::PathDown(path)) => tracing::warn!(%path, "path down"),
+            LinkNews::Event(LinkEvent::BlockDelivered(_)) => {}
+            LinkNews::Closed(why) => {
+                self.last_error = Some(why.to_string());
+                self.source.handle_link_lost(&why.to_string());
+            }
+        }
+    }
+
+    fn handle_command(&mut self, command: Command) {
+        let now = self.clock.now();
+        // A caller that went away does not want the answer any more.
+        match command {
+            Command::Status(answer) => drop(answer.send(self.status())),
+            Command::Switchover(options, answer) => match self.source.switchover(now, options) {
+                Ok(()) => self.mover = Some(answer),
+                Err(refused) => drop(answer.send(Err(SwitchoverError { text: refused.0, fault: None }))),
+            },
+            Command::CancelSwitchover(answer) => drop(answer.send(self.source.cancel_switchover().map_err(Into::into))),
+            Command::End(why, answer) => drop(answer.send(self.source.end(&why).map_err(Into::into))),
+            Command::Reclaim(answer) => drop(answer.send(self.source.reclaim().map_err(Into::into))),
+        }
+    }
+
+    fn look_at_link(&mut self) {
+        let facts = facts_of(&self.sender.stats());
+        if facts != self.facts {
+            self.facts = facts;
+            self.source.handle_link(facts);
+        }
+    }
+
+    fn send(&mut self, message: &Message) {
+        if let Err(error) = self.sender.send_message(message.encode()) {
+            // The link is closed, and says so itself; what it did not deliver, nobody will.
+            tracing::debug!(%error, ?message, "not sent");
+        }
+    }
+
+    fn tell(&mut self, event: Event) {
+        tracing::info!(?event, "source");
+        if let Event::SwitchoverFailed { text } = &event {
+            self.last_error = Some(text.clone());
+            if let Some(mover) = self.mover.take() {
+                let _ = mover.send(Err(SwitchoverError { text: text.clone(), fault: None }));
+            }
+        }
+        let _ = self.events.send(event);
+    }
+
+    fn status(&self) -> ProtectionStatus {
+        ProtectionStatus {
+            source: self.source.status(),
+            link: self.sender.stats(),
+            last_error: self.last_error.clone(),
+        }
+    }
+
+    async fn finish(&mut self, outcome: &Outcome) {
+        if let Some(mover) = self.mover.take() {
+            let result = match outcome {
+                Outcome::Moved(report) => Ok(**report),
+                Outcome::Stayed { fault, text, .. } => Err(SwitchoverError { text: text.clone(), fault: fault.clone() }),
+            };
+            let _ = mover.send(result);
+        }
+        self.sender.close(&describe(outcome), LAST_WORDS).await;
+    }
+}
+
+/// The hand that touches the guest: it stops it, saves it, lets it run.
+fn start_guest_hand(guest: Arc<dyn Guest>, clock: Clock, answers: Answers<Answer>) -> Result<Hand<Step>, StartError> {
+    Hand::start("umbra-guest", clock, answers, move |step| {
+        let done = match step {
+            // Recording first: what is written after the look for untouched pages must be in a harvest.
+            Step::Track => guest.track(true).map(|()| Some(Answer::Tracked(guest.untouched()))),
+            Step::Harvest => guest.harvest().map(|harvest| Some(Answer::Harvested(harvest))),
+            Step::Pause => guest.pause().map(|()| Some(Answer::Paused)),
+            Step::Save => guest.save().map(|records| Some(Answer::Saved(records))),
+            Step::Resume => guest.resume().map(|()| None),
+            Step::Untrack(debt) => {
+                guest.put_back(&debt);
+                guest.track(false).map(|()| None)
+            }
+            Step::Audit => unreachable!("audits go to the encoding hand, which has the table"),
+        };
+        done.unwrap_or_else(|error| Some(Answer::Failed(error.into())))
+    })
+}
+
+/// The hand that copies pages out of the guest, encodes them and gives them to the link.
+fn start_encode_hand(
+    guest: Arc<dyn Guest>,
+    mut encoder: Encoder,
+    link: LinkSender,
+    clock: Clock,
+    answers: Answers<Answer>,
+) -> Result<Hand<Work>, StartError> {
+    Hand::start("umbra-encode", clock, answers, move |work| {
+        let done = match work {
+            Work::Audit => encoder.audit(&*guest).map(Answer::Audited),
+            Work::Encode { plan, compress } => {
+                let class = if plan.urgent { Class::Urgent } else { Class::Bulk };
+                encoder.encode(plan, &*guest, compress).map(|encoded| {
+                    let size = Bytes::of_len(encoded.bytes.len());
+                    // A link that takes no more is closed, and says so itself.
+                    let _ = link.send_block(class, encoded.bytes);
+                    Answer::Encoded(encoded.id, size, encoded.counts)
+                })
+            }
+        };
+        Some(done.unwrap_or_else(Answer::Failed))
+    })
+}
