@@ -1,1 +1,63 @@
-//! A KVM virtual machine, and the only unsafe code in the product.
+//! A KVM virtual machine that can be moved while it runs.
+//!
+//! This crate is the VMM proper: it boots a kernel, runs its vCPUs, and implements [`Guest`](umbra_core::guest::Guest),
+//! the contract by which Umbra shadows, saves and restores it. It knows nothing of networks, nodes or sessions, and it is
+//! the only crate with unsafe code: every block of it is a call to the kernel or an access to guest memory, and carries
+//! its proof.
+//!
+//! ```text
+//!              MachineConfig                    description (a record)
+//!                    │ launch                          │ builder().build
+//!                    ▼                                 ▼
+//!     source      Paused ── resume ─▶ Running        Blank      shadow
+//!                    ▲                  │              │  apply_page …
+//!                    └───── pause ──────┘              │
+//!     track, harvest, read_pages (running or not)      │
+//!                  save ───────── records ──────────▶ restore ─▶ Paused ─ resume ─▶ Running
+//! ```
+//!
+//! | module | what |
+//! |---|---|
+//! | [`config`] | what machine to build: a value that cannot be wrong |
+//! | [`machine`] | everything put together, and its life |
+//! | `memory` | guest memory: mapped once, copied from and to, never referred to |
+//! | `dirty` | harvesting: KVM's log joined with the VMM's own |
+//! | `gate`, `vcpu` | stop and go; one vCPU's thread and exits |
+//! | `state` | records: what travels beside memory, and in which order |
+//! | `cpuid` | what processor the guest sees, and whether another host can be it |
+//! | `board`, `output` | the devices in their places; console output held and released |
+//! | `boot`, `mptable` | PVH |
+//! | [`probe`](mod@probe) | what this host's KVM can do, found by trying |
+//! | `ioctls` | raw calls that kvm-ioctls lacks |
+//! | [`limits`] | every bound |
+//!
+//! # What a host may differ in
+//!
+//! Everything that varies between hosts is asked for: dirty-log features, XSAVE size, readable MSRs, clock flags, CPUID. A
+//! twin that a host cannot be is refused when it is *built*, by the name of what is missing, long before the guest moves.
+
+pub mod config;
+pub mod error;
+pub mod limits;
+pub mod machine;
+pub mod probe;
+
+mod board;
+mod boot;
+mod cpuid;
+mod dirty;
+mod fate;
+mod gate;
+mod ioctls;
+mod memory;
+mod mptable;
+mod output;
+mod state;
+mod vcpu;
+
+pub use config::{MachineConfig, Shape, Sharing};
+pub use error::Error;
+pub use fate::ExitReason;
+pub use machine::{Machine, MachineBuilder, Sinks};
+pub use probe::{HostReport, Ring0, Userfaultfd, probe};
+pub use umbra_devices::{FaultPlan, Out};

@@ -1,0 +1,227 @@
+//! The machine's devices: which there are, where they answer, and how they are saved and restored together.
+//!
+//! ```text
+//!   port    device              interrupt
+//!   0x60,64 i8042/0 (reset)
+//!   0x70    rtc/0
+//!   0xf4    exit/0
+//!   0x3f8   serial/0            4
+//!   0x5fa   fault/0             (only when a test asks for it)
+//! ```
+//!
+//! PIC, IOAPIC, LAPIC and PIT are KVM's, and answer before an access reaches here.
+//!
+//! # An interrupt line without a delay
+//!
+//! KVM offers two ways to raise a line. An eventfd (`KVM_IRQFD`) costs least to signal, but for a line of the PIC or
+//! IOAPIC the kernel injects it later, from a work queue: a guest saved in between loses its interrupt. `KVM_IRQ_LINE`
+//! injects before it returns. A console does not interrupt often enough for the difference to matter, so it uses the
+//! latter, and its saved state need not wonder where its interrupt is.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use kvm_ioctls::VmFd;
+use umbra_core::guest::StateRecord;
+use umbra_devices::{
+    Bus, Ending, ExitPort, FaultDevice, FaultPlan, I8042, Line, Restore, Rtc, SavedState, Serial, Span, WallClock,
+    exit, fault, i8042, rtc, serial,
+};
+
+use crate::error::Error;
+use crate::output::Output;
+
+/// All devices of one machine.
+pub(crate) struct Board {
+    pub(crate) ports: Bus,
+    pub(crate) mmio: Bus,
+    serial: Arc<Mutex<Serial>>,
+    /// In the order they are saved.
+    slots: Vec<Box<dyn Slot>>,
+}
+
+/// A device in its place.
+trait Slot: Send + Sync {
+    fn kind(&self) -> String;
+    fn pause(&self);
+    fn resume(&self);
+    fn save(&self) -> Result<SavedState, Error>;
+    /// Build the device that `saved` describes; putting it in this place is left to the result, which cannot fail.
+    fn prepare<'a>(&'a self, saved: &SavedState) -> Result<Box<dyn FnOnce() + 'a>, Error>;
+}
+
+struct Place<D: Restore> {
+    device: Arc<Mutex<D>>,
+    wiring: D::Wiring,
+}
+
+impl<D: Restore> Place<D> {
+    fn device(&self) -> MutexGuard<'_, D> {
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<D: Restore> Slot for Place<D> {
+    fn kind(&self) -> String {
+        self.device().kind().to_owned()
+    }
+
+    fn pause(&self) {
+        self.device().pause();
+    }
+
+    fn resume(&self) {
+        self.device().resume();
+    }
+
+    fn save(&self) -> Result<SavedState, Error> {
+        Ok(self.device().save()?)
+    }
+
+    fn prepare<'a>(&'a self, saved: &SavedState) -> Result<Box<dyn FnOnce() + 'a>, Error> {
+        let device = D::restore(saved, self.wiring.clone())?;
+        Ok(Box::new(move || *self.device() = device))
+    }
+}
+
+impl Board {
+    /// The devices, at power-on and paused.
+    pub(crate) fn new(
+        vm: &Arc<VmFd>,
+        output: &Arc<Output>,
+        ending: Arc<dyn Ending>,
+        fault_plan: Option<&FaultPlan>,
+    ) -> Result<Self, Error> {
+        let line = Arc::new(IsaLine {
+            vm: vm.clone(),
+            irq: serial::COM1_IRQ,
+        });
+        let com1 = serial::Wiring {
+            index: 0,
+            out: output.clone(),
+            line,
+        };
+        let console = Arc::new(Mutex::new(Serial::new(com1.clone())));
+        let mut board = Self {
+            ports: Bus::new(),
+            mmio: Bus::new(),
+            serial: console.clone(),
+            slots: Vec::new(),
+        };
+        board.place(
+            console,
+            com1,
+            serial::COM1_PORT,
+            &[Span::new(serial::COM1_PORT, serial::REGISTERS)],
+        )?;
+        let wiring = exit::Wiring { ending: ending.clone() };
+        let device = Arc::new(Mutex::new(ExitPort::new(wiring.clone())));
+        board.place(device, wiring, exit::PORT, &[Span::new(exit::PORT, exit::PORTS)])?;
+        let wiring = i8042::Wiring { ending };
+        let device = Arc::new(Mutex::new(I8042::new(wiring.clone())));
+        let spans = [Span::new(i8042::DATA_PORT, 1), Span::new(i8042::COMMAND_PORT, 1)];
+        board.place(device, wiring, i8042::DATA_PORT, &spans)?;
+        let wiring = rtc::Wiring {
+            clock: Arc::new(HostClock),
+        };
+        let device = Arc::new(Mutex::new(Rtc::new(wiring.clone())));
+        board.place(device, wiring, rtc::PORT, &[Span::new(rtc::PORT, rtc::PORTS)])?;
+        if let Some(plan) = fault_plan {
+            let device = Arc::new(Mutex::new(FaultDevice::new(plan.clone())));
+            board.place(device, plan.clone(), fault::PORT, &[Span::new(fault::PORT, 1)])?;
+        }
+        Ok(board)
+    }
+
+    fn place<D: Restore + 'static>(
+        &mut self,
+        device: Arc<Mutex<D>>,
+        wiring: D::Wiring,
+        base: u64,
+        spans: &[Span],
+    ) -> Result<(), Error>
+    where
+        D::Wiring: 'static,
+    {
+        for span in spans {
+            self.ports.claim(*span, base, device.clone())?;
+        }
+        self.slots.push(Box::new(Place { device, wiring }));
+        Ok(())
+    }
+
+    /// The devices' names, in the order they are saved.
+    pub(crate) fn kinds(&self) -> Vec<String> {
+        self.slots.iter().map(|slot| slot.kind()).collect()
+    }
+
+    pub(crate) fn pause(&self) {
+        self.slots.iter().for_each(|slot| slot.pause());
+    }
+
+    pub(crate) fn resume(&self) {
+        self.slots.iter().for_each(|slot| slot.resume());
+    }
+
+    pub(crate) fn save(&self) -> Result<Vec<StateRecord>, Error> {
+        self.slots
+            .iter()
+            .map(|slot| {
+                let SavedState { kind, version, bytes } = slot.save()?;
+                Ok(StateRecord { kind, version, bytes })
+            })
+            .collect()
+    }
+
+    /// Build every device that `take` finds a record for; the result puts them all in place at once.
+    pub(crate) fn prepare<'a>(
+        &'a self,
+        take: &mut dyn FnMut(&str) -> Result<StateRecord, Error>,
+    ) -> Result<Box<dyn FnOnce() + 'a>, Error> {
+        let mut ready = Vec::new();
+        for slot in &self.slots {
+            let StateRecord { kind, version, bytes } = take(&slot.kind())?;
+            ready.push(slot.prepare(&SavedState { kind, version, bytes })?);
+        }
+        Ok(Box::new(move || ready.into_iter().for_each(|put_in_place| put_in_place())))
+    }
+
+    /// Somebody types on the console; says how many bytes there was room for.
+    pub(crate) fn console_input(&self, bytes: &[u8]) -> usize {
+        self.serial.lock().unwrap_or_else(PoisonError::into_inner).input(bytes)
+    }
+}
+
+/// A line of the PIC and IOAPIC. See the [module](self).
+struct IsaLine {
+    vm: Arc<VmFd>,
+    irq: u32,
+}
+
+impl Line for IsaLine {
+    fn pulse(&self) {
+        for level in [true, false] {
+            if let Err(error) = self.vm.set_irq_line(self.irq, level) {
+                tracing::warn!(irq = self.irq, %error, "cannot raise an interrupt");
+            }
+        }
+    }
+}
+
+/// What the guest's battery-backed clock shows. Nothing here decides anything by it.
+struct HostClock;
+
+impl WallClock for HostClock {
+    fn unix_seconds(&self) -> u64 {
+        SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs())
+    }
+}
+
+impl fmt::Debug for Board {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.kinds()).finish()
+    }
+}

@@ -1,0 +1,36 @@
+//! Every bound on what a configuration, a description from another host, or a guest may make this machine hold.
+
+use umbra_units::Bytes;
+
+/// Most vCPUs of one machine. The MP table has room for more; beyond this nobody has tried.
+pub const CPUS: u8 = 32;
+
+/// Least memory: below it a kernel, its page tables and the loader's data do not fit.
+pub const MEMORY_LEAST: Bytes = Bytes::mib(8);
+
+/// Most memory. The bookkeeping of it (three bits per page) then takes 96 MiB; a peer's description asks for no more.
+pub const MEMORY_MOST: Bytes = Bytes::mib(1 << 20);
+
+/// Longest kernel command line, its final zero included: Linux's `COMMAND_LINE_SIZE` on x86.
+pub const CMDLINE_BYTES: usize = 2048;
+
+/// Console bytes held back at most while output is held; what comes after is dropped and counted.
+pub const HELD_OUTPUT_BYTES: usize = 1 << 20;
+
+/// Devices a description may name.
+pub const DEVICES: usize = 64;
+
+/// Longest device name in a description.
+pub const DEVICE_KIND_BYTES: usize = 64;
+
+/// Leaves of a CPUID table: `KVM_MAX_CPUID_ENTRIES` of the kernel.
+pub const CPUID_ENTRIES: usize = 256;
+
+/// MSRs in a vCPU's record: `KVM_MAX_MSR_ENTRIES` of kvm-bindings.
+pub const MSRS: usize = 256;
+
+/// Largest XSAVE area. The architecture's largest today, with AMX, is 11 KiB.
+pub const XSAVE_BYTES: usize = 64 << 10;
+
+/// Pages cleared in KVM's dirty log by one call: 64 MiB. Each call holds the VM's MMU lock and so stops faulting vCPUs.
+pub const CLEAR_PAGES: u64 = 16 << 10;

@@ -1,0 +1,617 @@
+//! The machine: everything put together, and its life.
+//!
+//! ```text
+//!   launch(config) ─────────────▶ Paused ◀─────────── pause ───┐
+//!                                   │  ▲                       │
+//!                                   │  └── restore ──┐         │
+//!                                   └─── resume ───────────▶ Running ──▶ (over: ExitReason)
+//!   builder().build(description) ─▶ Blank ── restore ─▶ Paused
+//!                                     ▲
+//!                        a failed restore: Blank again
+//! ```
+//!
+//! A blank machine has no state of its own and refuses to run. Memory may be applied to it, and a restore makes it a
+//! paused one.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::{Kvm, VmFd};
+use umbra_core::guest::{Guest, GuestBuilder, GuestError, Harvest, PageBytes, Space, StateRecord};
+use umbra_devices::{FaultPlan, Out};
+use umbra_units::{Bytes, Gpa, PageId, Pfn, SpaceId};
+
+use crate::board::Board;
+use crate::boot;
+use crate::config::{MachineConfig, Shape};
+use crate::cpuid::Cpuid;
+use crate::dirty::{DirtyBitmap, Tracker};
+use crate::error::Error;
+use crate::fate::{ExitReason, Fate, OnExit};
+use crate::gate::{Gate, Work};
+use crate::limits;
+use crate::memory::Memory;
+use crate::output::Output;
+use crate::probe;
+use crate::state::platform::{self, Platform};
+use crate::state::vcpu::{self as vcpu_state, Host, VcpuState};
+use crate::state::{Description, Incoming, describe};
+use crate::vcpu::{RunPage, Thread, Vcpu, lock};
+
+/// What a machine is connected to.
+pub struct Sinks {
+    serial: Arc<dyn Out>,
+    on_exit: Box<OnExit>,
+}
+
+/// A KVM guest. See the [crate](crate) for what it does and [`Guest`] for how it is moved.
+///
+/// Dropping it ends the guest, wherever it is, and joins its threads.
+pub struct Machine {
+    vm: Arc<VmFd>,
+    vcpus: Vec<Arc<Mutex<Vcpu>>>,
+    /// Joined by `drop`, before anything else of the machine goes.
+    threads: Vec<JoinHandle<()>>,
+    gate: Arc<Gate>,
+    fate: Arc<Fate>,
+    board: Arc<Board>,
+    output: Arc<Output>,
+    tracker: Tracker,
+    host: Host,
+    description: Description,
+    phase: Mutex<Phase>,
+    /// A copy of whether `phase` is running, for page access.
+    running: AtomicBool,
+    memory: Arc<Memory>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// No state yet, or one that could not be restored.
+    Blank,
+    Paused,
+    Running,
+}
+
+/// Builds twins of described machines.
+pub struct MachineBuilder {
+    sinks: Box<dyn Fn() -> Sinks + Send + Sync>,
+    on_build: Box<dyn Fn(&Arc<Machine>) + Send + Sync>,
+    memory_most: Bytes,
+    fault: FaultPlan,
+}
+
+impl Machine {
+    /// Build the machine and load its kernel. It is paused, ready for its first instruction.
+    pub fn launch(config: &MachineConfig, sinks: Sinks) -> Result<Arc<Self>, Error> {
+        let plan = Plan {
+            shape: config.shape(),
+            cpu: None,
+            fault: config.fault(),
+        };
+        let machine = Self::assemble(&plan, sinks)?;
+        let entry = boot::load(&machine.memory, config)?;
+        boot::enter(&lock(&machine.vcpus[0]).fd, entry)?;
+        *machine.phase() = Phase::Paused;
+        Ok(Arc::new(machine))
+    }
+
+    /// Builds twins, each connected to the sinks it is then given.
+    pub fn builder(sinks: impl Fn() -> Sinks + Send + Sync + 'static) -> MachineBuilder {
+        MachineBuilder {
+            sinks: Box::new(sinks),
+            on_build: Box::new(|_| {}),
+            memory_most: limits::MEMORY_MOST,
+            fault: FaultPlan::default(),
+        }
+    }
+
+    /// Its vCPUs and memory.
+    pub const fn shape(&self) -> Shape {
+        self.description.shape
+    }
+
+    /// Why the guest is over, if it is.
+    pub fn exit_reason(&self) -> Option<ExitReason> {
+        self.fate.known()
+    }
+
+    /// Wait until the guest is over, for at most `patience` if there is a limit to it.
+    pub fn wait_exit(&self, patience: Option<Duration>) -> Option<ExitReason> {
+        self.fate.wait(patience)
+    }
+
+    /// Whether vCPUs are let run. They may have stopped by themselves: see [`Machine::exit_reason`].
+    pub fn is_running(&self) -> bool {
+        self.running.load(Ordering::Acquire)
+    }
+
+    /// Type on the guest's console; says how many bytes there was room for.
+    pub fn console_input(&self, bytes: &[u8]) -> usize {
+        self.board.console_input(bytes)
+    }
+
+    /// Write to guest memory as a device does, recorded for the next harvest.
+    pub fn write_memory(&self, at: Gpa, bytes: &[u8]) -> Result<(), Error> {
+        self.memory.write(at, bytes)
+    }
+
+    fn assemble(plan: &Plan<'_>, sinks: Sinks) -> Result<Self, Error> {
+        let kvm = probe::open_kvm()?;
+        let cpus = plan.shape.cpus();
+        let vm = Arc::new(create_vm(&kvm)?);
+        let memory = Arc::new(Memory::new(plan.shape)?);
+        let log = DirtyBitmap::new(vm.clone())?;
+        log.set_slots(memory.blocks(), false)?;
+        let gate = Gate::new(cpus.into())?;
+        let fate = Arc::new(Fate::new(gate.clone(), sinks.on_exit));
+        let output = Arc::new(Output::new(sinks.serial));
+        let board = Arc::new(Board::new(&vm, &output, fate.clone(), plan.fault)?);
+
+        let mut vcpus = Vec::new();
+        for index in 0..cpus {
+            let fd = vm.create_vcpu(index.into()).map_err(Error::kvm("create a vCPU"))?;
+            vcpus.push(Arc::new(Mutex::new(Vcpu {
+                index,
+                fd,
+                tell_of_pause: false,
+            })));
+        }
+        let (host, cpuid, tsc_khz) = give_cpu(&kvm, &vm, &vcpus, plan)?;
+        let devices = board.kinds();
+        let description = Description {
+            shape: plan.shape,
+            devices,
+            tsc_khz,
+            cpuid,
+        };
+        let mut machine = Self {
+            tracker: Tracker::new(Box::new(log), memory.space()),
+            vm,
+            vcpus,
+            threads: Vec::new(),
+            gate,
+            fate,
+            board,
+            output,
+            host,
+            description,
+            phase: Mutex::new(Phase::Blank),
+            running: AtomicBool::new(false),
+            memory,
+        };
+        // From here on, whatever fails, `drop` ends the threads already started.
+        for vcpu in &machine.vcpus {
+            machine.threads.push(machine.start_thread(vcpu)?);
+        }
+        Ok(machine)
+    }
+
+    fn start_thread(&self, vcpu: &Arc<Mutex<Vcpu>>) -> Result<JoinHandle<()>, Error> {
+        let (index, page) = {
+            let vcpu = lock(vcpu);
+            (vcpu.index, Arc::new(RunPage::map(&vcpu.fd)?))
+        };
+        let thread = Thread {
+            vcpu: vcpu.clone(),
+            gate: self.gate.clone(),
+            board: self.board.clone(),
+            fate: self.fate.clone(),
+            memory: self.memory.clone(),
+        };
+        std::thread::Builder::new()
+            .name(format!("vcpu/{index}"))
+            .spawn(move || thread.work(page))
+            .map_err(|source| Error::Host {
+                doing: "start a vCPU thread",
+                source,
+            })
+    }
+
+    fn try_pause(&self) {
+        let mut phase = self.phase();
+        if *phase == Phase::Running {
+            self.gate.stop();
+            self.board.pause();
+            for vcpu in &self.vcpus {
+                lock(vcpu).tell_of_pause = true;
+            }
+            *phase = Phase::Paused;
+            self.running.store(false, Ordering::Release);
+        }
+    }
+
+    fn try_resume(&self) -> Result<(), Error> {
+        let mut phase = self.phase();
+        match *phase {
+            Phase::Running => return Ok(()),
+            Phase::Blank => {
+                return Err(Error::WrongState(
+                    "cannot run: this machine has no state yet; restore one first",
+                ));
+            }
+            Phase::Paused => {}
+        }
+        if self.fate.known().is_some() {
+            return Err(Error::WrongState("cannot run: the guest is over"));
+        }
+        self.memory.written_by_others();
+        self.running.store(true, Ordering::Release);
+        *phase = Phase::Running;
+        self.board.resume();
+        self.gate.go();
+        Ok(())
+    }
+
+    fn try_save(&self) -> Result<Vec<StateRecord>, Error> {
+        let phase = self.phase();
+        match *phase {
+            Phase::Running => return Err(Error::WrongState("cannot save: the guest is running; pause it first")),
+            Phase::Blank => return Err(Error::WrongState("cannot save: this machine has no state yet")),
+            Phase::Paused => {}
+        }
+        if self.fate.known().is_some() {
+            return Err(Error::WrongState("cannot save: the guest is over"));
+        }
+        let mut records = vec![self.description.encode()];
+        records.extend(platform::save(&self.vm)?);
+        records
+            .extend(self.each_vcpu(|vcpu, host| VcpuState::of(&vcpu.fd, host).map(|state| state.encode(vcpu.index)))?);
+        records.extend(self.board.save()?);
+        Ok(records)
+    }
+
+    fn try_restore(&self, records: &[StateRecord]) -> Result<(), Error> {
+        let mut phase = self.phase();
+        if *phase == Phase::Running {
+            return Err(Error::WrongState(
+                "cannot restore: the guest is running; pause it first",
+            ));
+        }
+        if self.fate.known().is_some() {
+            return Err(Error::WrongState("cannot restore: this machine's own guest is over"));
+        }
+        let mut incoming = Incoming::new(records);
+        self.same_machine(incoming.take(describe::KIND)?)?;
+        let platform = Platform::decode(&mut incoming)?;
+        let mut states = Vec::with_capacity(self.vcpus.len());
+        for index in 0..self.shape().cpus() {
+            let kind = vcpu_state::kind(index);
+            let bytes = incoming.bytes(&kind, vcpu_state::VERSION)?;
+            let state = VcpuState::decode(bytes).map_err(Error::malformed(&kind))?;
+            state.check(&kind, &self.host)?;
+            states.push(state);
+        }
+        let put_devices_in_place = self.board.prepare(&mut |kind| incoming.take(kind).cloned())?;
+        incoming.finish()?;
+
+        // Everything is understood. What fails from here on is the host's refusal, and leaves no state to run.
+        *phase = Phase::Blank;
+        platform.apply(&self.vm)?;
+        let states = Arc::new(states);
+        self.each_vcpu(move |vcpu, host| {
+            let state = &states[usize::from(vcpu.index)];
+            vcpu_state::set_tsc_khz(&vcpu.fd, state.tsc_khz)?;
+            state.apply(&vcpu.fd, host)?;
+            vcpu.tell_of_pause = true;
+            Ok(())
+        })?;
+        put_devices_in_place();
+        *phase = Phase::Paused;
+        Ok(())
+    }
+
+    /// Saved state fits a machine of the same description; the processor is compared feature by feature elsewhere.
+    fn same_machine(&self, record: &StateRecord) -> Result<(), Error> {
+        let theirs = Description::decode(record)?;
+        let mine = &self.description;
+        if theirs.shape.cpus() != mine.shape.cpus() || theirs.shape.memory() != mine.shape.memory() {
+            return Err(Error::Incompatible(format!(
+                "machine: the state is of {} vCPUs and {}, this machine has {} and {}",
+                theirs.shape.cpus(),
+                theirs.shape.memory(),
+                mine.shape.cpus(),
+                mine.shape.memory()
+            )));
+        }
+        same_devices(&theirs.devices, &mine.devices)
+    }
+
+    /// Do something with each vCPU, and collect what comes of it in their order.
+    ///
+    /// One vCPU is done by the caller. Several are done by their own threads at once: each call to KVM costs
+    /// microseconds, there are a dozen per vCPU, and waking a thread costs as much as a few of them.
+    fn each_vcpu<T: Send + 'static>(
+        &self,
+        act: impl Fn(&mut Vcpu, &Host) -> Result<T, Error> + Send + Sync + 'static,
+    ) -> Result<Vec<T>, Error> {
+        if self.vcpus.len() < PARALLEL_FROM {
+            return self.vcpus.iter().map(|vcpu| act(&mut lock(vcpu), &self.host)).collect();
+        }
+        let done: Arc<Mutex<Vec<Option<Result<T, Error>>>>> =
+            Arc::new(Mutex::new(self.vcpus.iter().map(|_| None).collect()));
+        let (places, host) = (done.clone(), self.host.clone());
+        let work: Arc<Work> = Arc::new(move |vcpu: &mut Vcpu| {
+            let result = act(vcpu, &host);
+            places.lock().unwrap_or_else(PoisonError::into_inner)[usize::from(vcpu.index)] = Some(result);
+        });
+        self.gate.work(work);
+        let mut done = done.lock().unwrap_or_else(PoisonError::into_inner);
+        done.drain(..)
+            .map(|result| result.unwrap_or(Err(Error::WrongState("the machine is being ended"))))
+            .collect()
+    }
+
+    fn page_access(&self) -> Result<(), Error> {
+        if self.is_running() {
+            return Err(Error::WrongState(
+                "cannot read or apply single pages: the guest is running; pause it first",
+            ));
+        }
+        Ok(())
+    }
+
+    fn phase(&self) -> MutexGuard<'_, Phase> {
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// From how many vCPUs on their own threads save and restore them faster than one after the other.
+const PARALLEL_FROM: usize = 3;
+
+/// What to assemble.
+struct Plan<'a> {
+    shape: Shape,
+    /// For a twin: TSC frequency and CPUID of the guest it is to be.
+    cpu: Option<(u32, &'a Cpuid)>,
+    fault: Option<&'a FaultPlan>,
+}
+
+/// A VM with KVM's interrupt controllers and PIT.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
+    let vm = kvm.create_vm().map_err(Error::kvm("create a VM"))?;
+    // Three pages for Intel's task state and one for its identity map, in the hole where no RAM is.
+    vm.set_identity_map_address(0xfffb_c000)
+        .map_err(Error::kvm("place the identity map"))?;
+    vm.set_tss_address(0xfffb_d000)
+        .map_err(Error::kvm("place the task state"))?;
+    vm.create_irq_chip()
+        .map_err(Error::kvm("create the interrupt controllers"))?;
+    let config = kvm_pit_config {
+        flags: KVM_PIT_SPEAKER_DUMMY,
+        ..Default::default()
+    };
+    vm.create_pit2(config).map_err(Error::kvm("create the PIT"))?;
+    Ok(vm)
+}
+
+/// Give every vCPU its CPUID and TSC frequency; says what the host can and what the guest now has.
+fn give_cpu(kvm: &Kvm, vm: &VmFd, vcpus: &[Arc<Mutex<Vcpu>>], plan: &Plan<'_>) -> Result<(Host, Cpuid, u32), Error> {
+    let cpus = plan.shape.cpus();
+    let supported = Cpuid::supported(kvm, cpus)?;
+    let boot_processor = lock(&vcpus[0]);
+    // What a vCPU has after asking for what is supported is what this host can: more than supported, on hosts whose
+    // guests see the processor itself.
+    supported.for_vcpu(0, cpus).give_to(&boot_processor.fd)?;
+    let possible = Cpuid::of_vcpu(&boot_processor.fd)?;
+    if let Some(missing) = plan.cpu.and_then(|(_, wanted)| wanted.beyond(&possible)) {
+        return Err(Error::Incompatible(format!("cpu: this host lacks {missing}")));
+    }
+    let host = Host::learn(kvm, vm, &boot_processor.fd, possible)?;
+    drop(boot_processor);
+    let wanted = plan.cpu.map_or(&supported, |(_, cpuid)| cpuid);
+    for vcpu in vcpus {
+        let vcpu = lock(vcpu);
+        if let Some((tsc_khz, _)) = plan.cpu {
+            vcpu_state::set_tsc_khz(&vcpu.fd, tsc_khz)?;
+        }
+        wanted.for_vcpu(vcpu.index, cpus).give_to(&vcpu.fd)?;
+    }
+    let boot_processor = lock(&vcpus[0]);
+    let tsc_khz = boot_processor
+        .fd
+        .get_tsc_khz()
+        .map_err(Error::kvm("read the TSC frequency"))?;
+    Ok((host, Cpuid::of_vcpu(&boot_processor.fd)?, tsc_khz))
+}
+
+fn same_devices(theirs: &[String], mine: &[String]) -> Result<(), Error> {
+    let only_in = |these: &[String], those: &[String]| these.iter().find(|kind| !those.contains(kind)).cloned();
+    if let Some(kind) = only_in(theirs, mine) {
+        return Err(Error::Incompatible(format!("{kind}: this machine has no such device")));
+    }
+    if let Some(kind) = only_in(mine, theirs) {
+        return Err(Error::Incompatible(format!(
+            "{kind}: the guest has no such device, this machine does"
+        )));
+    }
+    Ok(())
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.gate.quit();
+        let here = std::thread::current().id();
+        for thread in self.threads.drain(..) {
+            // A vCPU's own thread may drop the machine, from `on_exit`. It returns by itself, without entering again.
+            if thread.thread().id() != here && thread.join().is_err() {
+                tracing::error!("a vCPU thread panicked");
+            }
+        }
+    }
+}
+
+impl Guest for Machine {
+    fn describe(&self) -> StateRecord {
+        self.description.encode()
+    }
+
+    fn spaces(&self) -> Vec<Space> {
+        vec![self.memory.space().clone()]
+    }
+
+    fn track(&self, on: bool) -> Result<(), GuestError> {
+        Ok(self.tracker.track(&self.memory, on)?)
+    }
+
+    fn harvest(&self) -> Result<Harvest, GuestError> {
+        Ok(self.tracker.harvest(&self.memory)?)
+    }
+
+    fn put_back(&self, harvest: &Harvest) {
+        self.tracker.put_back(harvest);
+    }
+
+    fn read_pages(&self, space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
+        only_ram(space)?;
+        Ok(self.memory.read_pages(pages, out)?)
+    }
+
+    fn read_page(&self, page: PageId, out: &mut PageBytes) -> Result<(), GuestError> {
+        only_ram(page.space)?;
+        self.page_access()?;
+        Ok(self.memory.read_page(page.pfn, out)?)
+    }
+
+    fn apply_page(&self, page: PageId, bytes: &PageBytes) -> Result<(), GuestError> {
+        only_ram(page.space)?;
+        self.page_access()?;
+        Ok(self.memory.apply_page(page.pfn, bytes)?)
+    }
+
+    fn pause(&self) -> Result<(), GuestError> {
+        self.try_pause();
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        Ok(self.try_resume()?)
+    }
+
+    fn save(&self) -> Result<Vec<StateRecord>, GuestError> {
+        Ok(self.try_save()?)
+    }
+
+    fn restore(&self, records: &[StateRecord]) -> Result<(), GuestError> {
+        Ok(self.try_restore(records)?)
+    }
+
+    fn hold_output(&self) {
+        self.output.hold();
+    }
+
+    fn release_output(&self) {
+        self.output.release();
+    }
+}
+
+fn only_ram(space: SpaceId) -> Result<(), Error> {
+    if space == SpaceId::RAM {
+        return Ok(());
+    }
+    Err(Error::Incompatible(format!(
+        "space {}: this guest has no such space",
+        space.0
+    )))
+}
+
+impl MachineBuilder {
+    /// Tell of each machine built, so that whoever drives it only as a [`Guest`] need not know it better.
+    #[must_use]
+    pub fn on_build(mut self, tell: impl Fn(&Arc<Machine>) + Send + Sync + 'static) -> Self {
+        self.on_build = Box::new(tell);
+        self
+    }
+
+    /// Build no machine with more memory than this, whatever a description asks for.
+    #[must_use]
+    pub const fn with_memory_most(mut self, most: Bytes) -> Self {
+        self.memory_most = most;
+        self
+    }
+
+    /// Let the fault device of twins that have one fail by this plan, for tests.
+    #[must_use]
+    pub fn with_fault(mut self, plan: FaultPlan) -> Self {
+        self.fault = plan;
+        self
+    }
+
+    /// Build the twin of a described machine: blank, to be restored.
+    pub fn build_machine(&self, description: &StateRecord) -> Result<Arc<Machine>, Error> {
+        let wanted = Description::decode(description)?;
+        if wanted.shape.memory() > self.memory_most {
+            let (asked, most) = (wanted.shape.memory(), self.memory_most);
+            return Err(Error::Incompatible(format!(
+                "machine: memory: {asked} asked for, at most {most} allowed here"
+            )));
+        }
+        let has_fault = wanted.devices.iter().any(|kind| kind == "fault/0");
+        let plan = Plan {
+            shape: wanted.shape,
+            cpu: Some((wanted.tsc_khz, &wanted.cpuid)),
+            fault: has_fault.then_some(&self.fault),
+        };
+        let machine = Machine::assemble(&plan, (self.sinks)())?;
+        same_devices(&wanted.devices, &machine.description.devices)?;
+        let machine = Arc::new(machine);
+        (self.on_build)(&machine);
+        Ok(machine)
+    }
+}
+
+impl GuestBuilder for MachineBuilder {
+    fn build(&self, description: &StateRecord) -> Result<Arc<dyn Guest>, GuestError> {
+        Ok(self.build_machine(description)?)
+    }
+}
+
+impl Sinks {
+    /// Console output goes to `serial`.
+    pub fn new(serial: impl Out + 'static) -> Self {
+        Self {
+            serial: Arc::new(serial),
+            on_exit: Box::new(|_| {}),
+        }
+    }
+
+    /// Nobody listens to the console.
+    pub fn discard() -> Self {
+        Self::new(Discard)
+    }
+
+    /// Tell when the guest is over, from a vCPU's thread. The callee may drop the machine but must not call into it.
+    #[must_use]
+    pub fn with_on_exit(mut self, tell: impl Fn(&ExitReason) + Send + Sync + 'static) -> Self {
+        self.on_exit = Box::new(tell);
+        self
+    }
+}
+
+struct Discard;
+
+impl Out for Discard {
+    fn put(&self, _bytes: &[u8]) {}
+}
+
+impl fmt::Debug for Sinks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Sinks")
+    }
+}
+
+impl fmt::Debug for MachineBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MachineBuilder(at most {})", self.memory_most)
+    }
+}
+
+impl fmt::Debug for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Machine({:?}, {:?}, {:?})", self.shape(), self.phase(), self.gate)
+    }
+}

@@ -1,0 +1,570 @@
+//! Guest memory: mapped once, copied from and to, never referred to.
+//!
+//! # Why no Rust reference to guest memory ever exists
+//!
+//! A `&[u8]` promises the compiler that the bytes do not change while it exists, a `&mut [u8]` that nobody else looks.
+//! Guest memory keeps neither promise: vCPUs write to it at any instant, the kernel writes to it (kvmclock pages, the
+//! dirty log's own page-table updates), another process may have the memfd mapped. A reference held "only for a moment"
+//! or "only while paused" is still a false promise, and the compiler may use it: read twice what the source reads once,
+//! so that a length is checked in one copy and used in another.
+//!
+//! So this file keeps raw pointers, hands none out, and offers copies: out to a buffer, in from a buffer, whole pages at
+//! a time, by [`copy_page`], whose one instruction is opaque to the compiler. Whoever needs to look at guest data copies
+//! it first, looks at the copy, and looks at guest memory only once. Loaders and devices go through `vm-memory`, which
+//! works the same way and marks what is written in a bitmap, because KVM's dirty log sees only what vCPUs and KVM itself
+//! write.
+//!
+//! A page copied while the guest writes it may be torn: half old, half new. That is allowed, because the write that
+//! tore it is in the next harvest and the page travels again.
+//!
+//! # Pages that were never touched
+//!
+//! Memory nobody touched costs nothing, and moving a guest must not change that on either side. Reading a hole of a
+//! memfd through a mapping fills it; reading it by `pread` does not. So a page that is not *known* to be backed is read
+//! by `pread`, and a page of zeros applied over one that is still a hole is not written. `touched` holds what is known;
+//! it only grows.
+
+use std::arch::asm;
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::FileExt;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use umbra_core::guest::{PageBytes, Space};
+use umbra_units::{Gpa, PAGE_SIZE, PageCount, Pfn};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::config::{Shape, Sharing};
+use crate::error::Error;
+
+/// Guest memory as `vm-memory` knows it: for loaders and devices.
+pub(crate) type Ram = GuestMemoryMmap<AtomicBitmap>;
+
+/// All of a guest's RAM.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    /// Points into the blocks' mappings, and so must not outlive this struct: it is never cloned or handed out by value.
+    ram: Ram,
+    /// Ascending, in the order of `space.present`.
+    blocks: Vec<Block>,
+    space: Space,
+    /// The guest has never run and no loader wrote: what `touched` does not know is zero.
+    fresh: AtomicBool,
+}
+
+/// One run of RAM, and one memory slot of KVM.
+#[derive(Debug)]
+pub(crate) struct Block {
+    pub(crate) slot: u32,
+    pub(crate) first: Pfn,
+    pub(crate) pages: PageCount,
+    mapping: Mapping,
+    /// The memfd behind a shared block; `None` for private memory.
+    file: Option<File>,
+    /// Pages known to be backed by memory, one bit each.
+    touched: Box<[AtomicU64]>,
+}
+
+/// A mapping that ends with this value.
+#[derive(Debug)]
+struct Mapping {
+    address: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: a `Mapping` is an address and a length; what is at the address is only ever accessed by copies through raw
+// pointers, which any thread may do at any time (see the module).
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+/// Large pages of x86: a mapping that starts at a multiple of it in both address spaces can use them.
+const LARGE_PAGE: usize = 2 << 20;
+
+impl Memory {
+    /// RAM of this shape, all zeros.
+    pub(crate) fn new(shape: Shape) -> Result<Self, Error> {
+        let space = shape.ram();
+        let blocks = (0..)
+            .zip(&space.present)
+            .map(|(slot, (first, pages))| Block::new(slot, *first, *pages, shape.sharing()))
+            .collect::<Result<Vec<_>, _>>()?;
+        let regions = blocks.iter().map(Block::region).collect::<Result<Vec<_>, _>>()?;
+        let ram = Ram::from_regions(regions).map_err(|error| Error::Host {
+            doing: "lay out guest memory",
+            source: std::io::Error::other(error),
+        })?;
+        Ok(Self {
+            ram,
+            blocks,
+            space,
+            fresh: AtomicBool::new(true),
+        })
+    }
+
+    /// The space this memory is.
+    pub(crate) const fn space(&self) -> &Space {
+        &self.space
+    }
+
+    /// The blocks, ascending.
+    pub(crate) fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    /// For loaders, which mark what they write.
+    pub(crate) fn ram(&self) -> &Ram {
+        self.written_by_others();
+        &self.ram
+    }
+
+    /// From now on somebody may write without telling: the guest runs, or a loader or device was given access.
+    pub(crate) fn written_by_others(&self) {
+        self.fresh.store(false, Ordering::Release);
+    }
+
+    /// Write as a device does: marked in the VMM's own dirty bitmap.
+    pub(crate) fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), Error> {
+        self.ram()
+            .write_slice(bytes, GuestAddress(at.0))
+            .map_err(|error| Error::Incompatible(error.to_string()))
+    }
+
+    /// What devices and loaders wrote since this was last asked, as bits of one block.
+    pub(crate) fn take_device_writes(&self, block: &Block) -> Vec<u64> {
+        let region = &self.mapped(block);
+        region.bitmap().get_and_reset()
+    }
+
+    /// Forget what devices and loaders wrote.
+    pub(crate) fn forget_device_writes(&self) {
+        for block in &self.blocks {
+            self.mapped(block).bitmap().reset();
+        }
+    }
+
+    fn mapped(&self, block: &Block) -> std::sync::Arc<vm_memory::MmapRegion<AtomicBitmap>> {
+        use vm_memory::GuestMemoryBackend as _;
+        self.ram
+            .find_region(GuestAddress(block.first.gpa().0))
+            .expect("a region was made for each block")
+            .get_mmap()
+    }
+
+    /// Copy pages to the end of `out`, in order.
+    pub(crate) fn read_pages(&self, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), Error> {
+        out.reserve(pages.len() * PAGE_SIZE);
+        let mut rest = pages;
+        while let Some(first) = rest.first() {
+            let (block, index) = self.find(*first)?;
+            let run = block.untouched_run(index, rest);
+            if run == 0 {
+                block.append(index, out);
+                rest = &rest[1..];
+            } else {
+                block.append_from_file(index, run, out)?;
+                rest = &rest[run..];
+            }
+        }
+        Ok(())
+    }
+
+    /// Copy one page out.
+    pub(crate) fn read_page(&self, page: Pfn, out: &mut PageBytes) -> Result<(), Error> {
+        let (block, index) = self.find(page)?;
+        block.read(index, out)
+    }
+
+    /// Copy one page in.
+    pub(crate) fn apply_page(&self, page: Pfn, bytes: &PageBytes) -> Result<(), Error> {
+        let (block, index) = self.find(page)?;
+        if is_zero(bytes) && !block.is_touched(index) {
+            if self.fresh.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            let mut here = [0; PAGE_SIZE];
+            block.read(index, &mut here)?;
+            if is_zero(&here) {
+                return Ok(());
+            }
+        }
+        block.write(index, bytes);
+        // What is applied is what somebody else already has, but only the caller knows whether that somebody is still
+        // interested: report it, as every other write of the VMM.
+        self.mapped(block).bitmap().set_bit(index);
+        Ok(())
+    }
+
+    /// The block `page` lies in, and its index there.
+    fn find(&self, page: Pfn) -> Result<(&Block, usize), Error> {
+        self.blocks
+            .iter()
+            .find(|block| page >= block.first && page.0 - block.first.0 < block.pages.0)
+            .map(|block| (block, index(page.0 - block.first.0)))
+            .ok_or_else(|| Error::Incompatible(format!("page {page}: this guest has no such page")))
+    }
+}
+
+impl Block {
+    fn new(slot: u32, first: Pfn, pages: PageCount, sharing: Sharing) -> Result<Self, Error> {
+        let bytes = index(pages.bytes());
+        let file = match sharing {
+            Sharing::Shared => Some(memfd(bytes)?),
+            Sharing::Private => None,
+        };
+        let mapping = Mapping::new(bytes, file.as_ref())?;
+        let touched = (0..pages.0.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        Ok(Self {
+            slot,
+            first,
+            pages,
+            mapping,
+            file,
+            touched,
+        })
+    }
+
+    /// Where the block begins in this process, for KVM.
+    pub(crate) fn host_address(&self) -> u64 {
+        self.mapping.address.as_ptr() as u64
+    }
+
+    fn region(&self) -> Result<GuestRegionMmap<AtomicBitmap>, Error> {
+        let page = NonZeroUsize::new(PAGE_SIZE).expect("a page has bytes");
+        let builder =
+            MmapRegionBuilder::new_with_bitmap(self.mapping.bytes, AtomicBitmap::new(self.mapping.bytes, page))
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+        // SAFETY: the mapping is `bytes` long, readable and writable, and outlives the region: both are owned by one
+        // `Memory`, which never hands the region out by value.
+        let builder = unsafe { builder.with_raw_mmap_pointer(self.mapping.address.as_ptr()) };
+        let region = builder.build().map_err(|error| Error::Host {
+            doing: "describe guest memory",
+            source: std::io::Error::other(error),
+        })?;
+        GuestRegionMmap::new(region, GuestAddress(self.first.gpa().0)).ok_or_else(|| Error::Host {
+            doing: "place guest memory",
+            source: std::io::Error::other("it ends beyond the address space"),
+        })
+    }
+
+    fn is_touched(&self, index: usize) -> bool {
+        self.touched[index / 64].load(Ordering::Relaxed) >> (index % 64) & 1 == 1
+    }
+
+    fn touch(&self, index: usize) {
+        // Only a hint for who reads: no other memory is ordered by it.
+        self.touched[index / 64].fetch_or(1 << (index % 64), Ordering::Relaxed);
+    }
+
+    /// How many of `pages`, from the first (which is `index` here), follow each other in this block and are not known
+    /// to be backed. Always none for private memory, where reading a hole shows the kernel's one page of zeros.
+    fn untouched_run(&self, index: usize, pages: &[Pfn]) -> usize {
+        if self.file.is_none() {
+            return 0;
+        }
+        let left = index_range(self.pages) - index;
+        pages
+            .iter()
+            .zip(pages[0].0..)
+            .take(left)
+            .enumerate()
+            .take_while(|(n, (page, expected))| page.0 == *expected && !self.is_touched(index + n))
+            .count()
+    }
+
+    /// Where page `index` begins.
+    fn page(&self, index: usize) -> *mut u8 {
+        assert!(
+            index < index_range(self.pages),
+            "page {index} of a block of {}",
+            self.pages
+        );
+        // SAFETY: the index was just checked, so the offset is within the mapping, which is `pages` long.
+        unsafe { self.mapping.address.as_ptr().add(index * PAGE_SIZE) }
+    }
+
+    /// Copy a page to the end of `out`.
+    fn append(&self, index: usize, out: &mut Vec<u8>) {
+        out.reserve(PAGE_SIZE);
+        let end = out.spare_capacity_mut().as_mut_ptr().cast();
+        // SAFETY: `page` is a whole mapped page, `end` has room for one (reserved above), and they cannot overlap: one
+        // is guest memory, the other a vector's.
+        unsafe { copy_page(self.page(index), end) };
+        // SAFETY: the copy initialised exactly these bytes, which are within the reserved capacity.
+        unsafe { out.set_len(out.len() + PAGE_SIZE) };
+    }
+
+    /// Copy `run` pages to the end of `out` without filling holes.
+    fn append_from_file(&self, index: usize, run: usize, out: &mut Vec<u8>) -> Result<(), Error> {
+        let begin = out.len();
+        out.resize(begin + run * PAGE_SIZE, 0);
+        self.read_file(index, &mut out[begin..])?;
+        for (n, bytes) in (index..).zip(out[begin..].as_chunks::<PAGE_SIZE>().0) {
+            if !is_zero(bytes) {
+                self.touch(n);
+            }
+        }
+        Ok(())
+    }
+
+    fn read_file(&self, index: usize, out: &mut [u8]) -> Result<(), Error> {
+        let file = self.file.as_ref().expect("only shared memory has untouched runs");
+        file.read_exact_at(out, (index * PAGE_SIZE) as u64)
+            .map_err(|source| Error::Host {
+                doing: "read guest memory",
+                source,
+            })
+    }
+
+    /// Copy a page out, without filling a hole.
+    fn read(&self, index: usize, out: &mut PageBytes) -> Result<(), Error> {
+        if self.file.is_some() && !self.is_touched(index) {
+            return self.read_file(index, out);
+        }
+        // SAFETY: a whole mapped page to a page-sized array of ours; guest memory and the array cannot overlap.
+        unsafe { copy_page(self.page(index), out.as_mut_ptr()) };
+        Ok(())
+    }
+
+    /// Copy a page in.
+    fn write(&self, index: usize, bytes: &PageBytes) {
+        self.touch(index);
+        // SAFETY: a page-sized array of ours to a whole mapped page; the array and guest memory cannot overlap.
+        unsafe { copy_page(bytes.as_ptr(), self.page(index)) };
+    }
+}
+
+impl Mapping {
+    /// Map `bytes` of `file`, or of anonymous memory, at a multiple of [`LARGE_PAGE`].
+    fn new(bytes: usize, file: Option<&File>) -> Result<Self, Error> {
+        let room = bytes + LARGE_PAGE;
+        let reserve = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping wherever the kernel likes replaces nothing.
+        let reserved = unsafe { libc::mmap(std::ptr::null_mut(), room, libc::PROT_NONE, reserve, -1, 0) };
+        if reserved == libc::MAP_FAILED {
+            return Err(Error::last_os("reserve address space for guest memory"));
+        }
+        let skip = reserved.align_offset(LARGE_PAGE);
+        let aligned = reserved.wrapping_byte_add(skip);
+        let (kind, fd) = match file {
+            Some(file) => (libc::MAP_SHARED, file.as_raw_fd()),
+            None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+        };
+        let flags = kind | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        // SAFETY: MAP_FIXED replaces only part of the reservation just made, which nobody else knows: `skip` is less
+        // than LARGE_PAGE, and the reservation is LARGE_PAGE longer than `bytes`.
+        let mapped = unsafe { libc::mmap(aligned, bytes, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
+        let failed = (mapped == libc::MAP_FAILED).then(|| Error::last_os("map guest memory"));
+        let (kept, keep) = if failed.is_some() {
+            (reserved, 0)
+        } else {
+            (aligned, bytes)
+        };
+        // SAFETY: what is before the kept part is ours, reserved above and used by nobody.
+        unsafe { unmap(reserved, kept as usize - reserved as usize) };
+        let end = kept.wrapping_byte_add(keep);
+        // SAFETY: as above, for what is behind the kept part.
+        unsafe { unmap(end, reserved as usize + room - end as usize) };
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        let address = NonNull::new(aligned.cast()).expect("the kernel maps nothing at address zero");
+        // SAFETY: advice about a mapping we own. It may be refused (no large pages in this kernel), which costs speed only.
+        unsafe { libc::madvise(aligned, bytes, libc::MADV_HUGEPAGE) };
+        // SAFETY: as above: guest memory does not belong in a core dump.
+        unsafe { libc::madvise(aligned, bytes, libc::MADV_DONTDUMP) };
+        Ok(Self { address, bytes })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and its users (the block's copies, the `Ram` region, KVM's slot) live in structs
+        // that are dropped before or together with it.
+        unsafe { unmap(self.address.as_ptr().cast(), self.bytes) };
+    }
+}
+
+/// End a mapping, if there is one.
+///
+/// # Safety
+/// Nobody may use these addresses any more.
+unsafe fn unmap(address: *mut libc::c_void, bytes: usize) {
+    if bytes > 0 {
+        // SAFETY: the caller's.
+        unsafe { libc::munmap(address, bytes) };
+    }
+}
+
+/// Copy one page, at most one of the two being guest memory that changes meanwhile.
+///
+/// The copy is one instruction the compiler cannot look into, so that it can neither assume that the source holds still
+/// nor read it twice. `rep movsb` is what processors of the last ten years make fastest (ERMS, FSRM).
+///
+/// # Safety
+/// `from` must be readable and `to` writable for [`PAGE_SIZE`] bytes, and they must not overlap.
+unsafe fn copy_page(from: *const u8, to: *mut u8) {
+    // SAFETY: the caller's; the direction flag is clear on entry to every asm block (Rust reference, inline assembly).
+    unsafe {
+        asm!(
+            "rep movsb",
+            inout("rcx") PAGE_SIZE => _, inout("rsi") from => _, inout("rdi") to => _,
+            options(nostack, preserves_flags)
+        );
+    }
+}
+
+/// A file in memory, `bytes` long and empty.
+fn memfd(bytes: usize) -> Result<File, Error> {
+    // SAFETY: the name is a C string; no other memory is involved.
+    let fd = unsafe { libc::memfd_create(c"umbra-guest".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(Error::last_os("create a memfd for guest memory"));
+    }
+    // SAFETY: the kernel just made this descriptor for us and nobody else knows it.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(bytes as u64).map_err(|source| Error::Host {
+        doing: "size the memfd for guest memory",
+        source,
+    })?;
+    Ok(file)
+}
+
+fn is_zero(bytes: &PageBytes) -> bool {
+    bytes.as_chunks::<64>().0.iter().all(|chunk| *chunk == [0; 64])
+}
+
+/// A page index or byte count of a block: blocks are mapped, so they fit the address space.
+fn index(n: u64) -> usize {
+    usize::try_from(n).expect("a mapped block fits the address space")
+}
+
+fn index_range(pages: PageCount) -> usize {
+    index(pages.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use umbra_units::Bytes;
+
+    fn memory(mib: u64, sharing: Sharing) -> Memory {
+        Memory::new(Shape::new(1, Bytes::mib(mib), sharing).unwrap()).unwrap()
+    }
+
+    /// Bytes of memory behind a shared block.
+    fn backed(memory: &Memory) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        memory
+            .blocks
+            .iter()
+            .map(|block| block.file.as_ref().unwrap().metadata().unwrap().blocks() * 512)
+            .sum()
+    }
+
+    #[test]
+    fn what_is_applied_is_what_is_read() {
+        for sharing in [Sharing::Shared, Sharing::Private] {
+            let memory = memory(8, sharing);
+            let pages = [Pfn(3), Pfn(0), Pfn(2047), Pfn(1), Pfn(2)];
+            memory.apply_page(Pfn(3), &[3; PAGE_SIZE]).unwrap();
+            memory.apply_page(Pfn(1), &[1; PAGE_SIZE]).unwrap();
+            memory.apply_page(Pfn(2047), &[9; PAGE_SIZE]).unwrap();
+            memory.apply_page(Pfn(3), &[0; PAGE_SIZE]).unwrap();
+            let mut out = vec![7];
+            memory.read_pages(&pages, &mut out).unwrap();
+            let expected: Vec<u8> = [7]
+                .into_iter()
+                .chain([0, 0, 9, 1, 0].into_iter().flat_map(|b| [b; PAGE_SIZE]))
+                .collect();
+            assert!(out == expected, "{sharing:?}");
+            let mut page = [0; PAGE_SIZE];
+            memory.read_page(Pfn(2047), &mut page).unwrap();
+            assert_eq!(page, [9; PAGE_SIZE]);
+        }
+    }
+
+    #[test]
+    fn memory_nobody_touched_stays_unbacked_when_read_or_zeroed() {
+        let memory = memory(64, Sharing::Shared);
+        let all: Vec<Pfn> = (0..memory.space.pages.0).map(Pfn).collect();
+        let mut out = Vec::new();
+        memory.read_pages(&all, &mut out).unwrap();
+        for page in &all {
+            memory.apply_page(*page, &[0; PAGE_SIZE]).unwrap();
+        }
+        memory.written_by_others();
+        for page in &all {
+            memory.apply_page(*page, &[0; PAGE_SIZE]).unwrap();
+        }
+        assert!(out.len() == 64 << 20 && out.iter().all(|byte| *byte == 0));
+        assert_eq!(backed(&memory), 0);
+        memory.apply_page(Pfn(5), &[1; PAGE_SIZE]).unwrap();
+        assert_ne!(backed(&memory), 0);
+    }
+
+    #[test]
+    fn a_zero_page_replaces_what_a_device_or_the_guest_wrote() {
+        for sharing in [Sharing::Shared, Sharing::Private] {
+            let memory = memory(8, sharing);
+            memory.write(Gpa(0x5008), b"x").unwrap();
+            memory.apply_page(Pfn(5), &[0; PAGE_SIZE]).unwrap();
+            let mut out = Vec::new();
+            memory.read_pages(&[Pfn(5)], &mut out).unwrap();
+            assert_eq!(out, [0; PAGE_SIZE]);
+        }
+    }
+
+    #[test]
+    fn a_device_write_is_remembered_once() {
+        let memory = memory(8, Sharing::Shared);
+        memory.write(Gpa(0x41ffe), b"four").unwrap();
+        let bits = memory.take_device_writes(&memory.blocks[0]);
+        assert_eq!(
+            (bits[1], bits.iter().map(|word| word.count_ones()).sum::<u32>()),
+            (0b110, 2)
+        );
+        assert!(
+            memory
+                .take_device_writes(&memory.blocks[0])
+                .iter()
+                .all(|word| *word == 0)
+        );
+    }
+
+    #[test]
+    fn a_page_that_does_not_exist_is_refused_by_number() {
+        let memory = memory(4096, Sharing::Private);
+        let mut out = Vec::new();
+        for hole in [Pfn(0xc_0000), Pfn(0xf_ffff), memory.space.pages.pfn()] {
+            let error = memory.read_pages(&[hole], &mut out).unwrap_err();
+            assert_eq!(error.to_string(), format!("page {hole}: this guest has no such page"));
+        }
+        memory.apply_page(Pfn(1 << 20), &[1; PAGE_SIZE]).unwrap();
+        memory.read_pages(&[Pfn(1 << 20)], &mut out).unwrap();
+        assert_eq!(out, [1; PAGE_SIZE]);
+    }
+
+    #[test]
+    fn mappings_are_aligned_for_large_pages() {
+        for sharing in [Sharing::Shared, Sharing::Private] {
+            for block in memory(8, sharing).blocks() {
+                assert_eq!(block.host_address() % LARGE_PAGE as u64, 0);
+            }
+        }
+    }
+
+    trait Last {
+        fn pfn(self) -> Pfn;
+    }
+
+    impl Last for PageCount {
+        fn pfn(self) -> Pfn {
+            Pfn(self.0)
+        }
+    }
+}

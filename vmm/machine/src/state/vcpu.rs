@@ -1,0 +1,391 @@
+//! The state of one vCPU.
+//!
+//! Version 1, all integers little-endian, `bytes` being a `u32` length and as many bytes:
+//!
+//! | field | layout |
+//! |---|---|
+//! | TSC frequency in kHz | `u32` |
+//! | CPUID table as KVM gives it back | `u32` count; per leaf function, index, flags, eax, ebx, ecx, edx, each `u32` |
+//! | `mp_state`, `regs`, `sregs`, `xcrs`, `debugregs`, `lapic`, `vcpu_events` | `bytes` each: KVM's structure |
+//! | XSAVE area | `bytes`: 4096, or what the features need |
+//! | MSRs | `u32` count; per MSR its number `u32` and value `u64` |
+//!
+//! The CPUID table is the one KVM reports, not the one it was given: KVM keeps some bits of it up to date, and on some
+//! hosts adds features of its own.
+
+use kvm_bindings::{
+    Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
+    kvm_xcrs,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use umbra_core::guest::StateRecord;
+use umbra_units::{Malformed, Reader, Writer};
+
+use super::uapi::{bytes_of, read};
+use crate::cpuid::Cpuid;
+use crate::error::Error;
+use crate::limits;
+
+pub(crate) const VERSION: u32 = 1;
+
+const IA32_TSC_DEADLINE: u32 = 0x6e0;
+
+/// MSRs that carry state but are missing from some kernels' `KVM_GET_MSR_INDEX_LIST` (SDM volume 4, AMD APM volume 2).
+const BESIDE_THE_LIST: [u32; 33] = [
+    0xc000_0080, // EFER
+    0xc000_0100, // FS.base
+    0xc000_0101, // GS.base
+    0xc000_0102, // kernel GS.base
+    0xc000_0103, // TSC_AUX
+    0x277,       // PAT
+    0x2ff,       // MTRR default type
+    0x250,
+    0x258,
+    0x259,
+    0x268,
+    0x269,
+    0x26a,
+    0x26b,
+    0x26c,
+    0x26d, // MTRRs of the first MiB
+    0x26e,
+    0x26f, // and the last two of them
+    0x200,
+    0x201,
+    0x202,
+    0x203,
+    0x204,
+    0x205,
+    0x206,
+    0x207,
+    0x208,
+    0x209,
+    0x20a,
+    0x20b,
+    0x20c,
+    0x20d, // variable MTRRs
+    0x20e,
+];
+
+/// What saving and restoring needs to know of the host, found out once.
+#[derive(Debug, Clone)]
+pub(crate) struct Host {
+    /// MSRs that can be read here, `IA32_TSC_DEADLINE` last.
+    msrs: Vec<u32>,
+    /// 32-bit words of an XSAVE area beyond its first 4096 bytes.
+    xsave_extra: usize,
+    /// This kernel has `KVM_GET_XSAVE2`.
+    xsave2: bool,
+    /// What a vCPU can have here.
+    pub(crate) cpuid: Cpuid,
+}
+
+impl Host {
+    /// Find out, with the help of a vCPU that has its CPUID.
+    pub(crate) fn learn(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd, cpuid: Cpuid) -> Result<Self, Error> {
+        let size = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
+        let xsave_extra = size.saturating_sub(4096).div_ceil(4);
+        Ok(Self {
+            msrs: readable_msrs(kvm, vcpu)?,
+            xsave_extra,
+            xsave2: size > 0,
+            cpuid,
+        })
+    }
+
+    fn xsave(&self) -> Xsave {
+        Xsave::new(self.xsave_extra).expect("a few KiB, as the kernel says")
+    }
+}
+
+fn readable_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<u32>, Error> {
+    let list = kvm.get_msr_index_list().map_err(Error::kvm("list the MSRs"))?;
+    let mut wanted: Vec<u32> = list.as_slice().iter().chain(&BESIDE_THE_LIST).copied().collect();
+    wanted.sort_unstable();
+    wanted.dedup();
+    // Last, because it is refused before the LAPIC is in TSC-deadline mode and the TSC is set.
+    wanted.sort_by_key(|msr| *msr == IA32_TSC_DEADLINE);
+    let mut readable = Vec::new();
+    let mut rest = &wanted[..];
+    while !rest.is_empty() {
+        let batch = &rest[..rest.len().min(limits::MSRS)];
+        let read = read_msrs(vcpu, batch)?.len();
+        readable.extend_from_slice(&batch[..read]);
+        // KVM stops at the first it cannot read: leave that one out.
+        rest = &rest[(read + usize::from(read < batch.len()))..];
+    }
+    readable.truncate(limits::MSRS);
+    Ok(readable)
+}
+
+/// Read MSRs in one call, up to the first that cannot be.
+fn read_msrs(vcpu: &VcpuFd, which: &[u32]) -> Result<Vec<kvm_msr_entry>, Error> {
+    let entries: Vec<_> = which
+        .iter()
+        .map(|index| kvm_msr_entry {
+            index: *index,
+            ..Default::default()
+        })
+        .collect();
+    let mut msrs = Msrs::from_entries(&entries).expect("limits::MSRS is what the wrapper takes");
+    let read = vcpu.get_msrs(&mut msrs).map_err(Error::kvm("read MSRs"))?;
+    Ok(msrs.as_slice()[..read].to_vec())
+}
+
+/// A vCPU's state, decoded.
+#[derive(Debug)]
+pub(crate) struct VcpuState {
+    pub(crate) tsc_khz: u32,
+    pub(crate) cpuid: Cpuid,
+    mp_state: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xcrs: kvm_xcrs,
+    debugregs: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    events: kvm_vcpu_events,
+    /// Little-endian words.
+    xsave: Vec<u32>,
+    msrs: Vec<kvm_msr_entry>,
+}
+
+pub(crate) fn kind(index: u8) -> String {
+    format!("vcpu/{index}")
+}
+
+impl VcpuState {
+    /// Read it all from a stopped vCPU. See [`super`] on the order.
+    pub(crate) fn of(vcpu: &VcpuFd, host: &Host) -> Result<Self, Error> {
+        let mp_state = vcpu.get_mp_state().map_err(Error::kvm("read a vCPU's run state"))?;
+        let regs = vcpu.get_regs().map_err(Error::kvm("read registers"))?;
+        let sregs = vcpu.get_sregs().map_err(Error::kvm("read special registers"))?;
+        let xcrs = vcpu.get_xcrs().map_err(Error::kvm("read extended control registers"))?;
+        let xsave = read_xsave(vcpu, host)?;
+        let debugregs = vcpu.get_debug_regs().map_err(Error::kvm("read debug registers"))?;
+        let lapic = vcpu.get_lapic().map_err(Error::kvm("read a LAPIC"))?;
+        let msrs = save_msrs(vcpu, &host.msrs)?;
+        let tsc_khz = vcpu.get_tsc_khz().map_err(Error::kvm("read the TSC frequency"))?;
+        let cpuid = Cpuid::of_vcpu(vcpu)?;
+        let events = vcpu.get_vcpu_events().map_err(Error::kvm("read pending events"))?;
+        Ok(Self {
+            tsc_khz,
+            cpuid,
+            mp_state,
+            regs,
+            sregs,
+            xcrs,
+            debugregs,
+            lapic,
+            events,
+            xsave,
+            msrs,
+        })
+    }
+
+    /// Write it all to a stopped vCPU. See [`super`] on the order.
+    pub(crate) fn apply(&self, vcpu: &VcpuFd, host: &Host) -> Result<(), Error> {
+        if !self.cpuid.same_for_the_guest(&Cpuid::of_vcpu(vcpu)?) {
+            self.cpuid.give_to(vcpu)?;
+        }
+        vcpu.set_mp_state(self.mp_state)
+            .map_err(Error::kvm("restore a vCPU's run state"))?;
+        vcpu.set_regs(&self.regs).map_err(Error::kvm("restore registers"))?;
+        vcpu.set_sregs(&self.sregs)
+            .map_err(Error::kvm("restore special registers"))?;
+        vcpu.set_xcrs(&self.xcrs)
+            .map_err(Error::kvm("restore extended control registers"))?;
+        self.write_xsave(vcpu, host)?;
+        vcpu.set_debug_regs(&self.debugregs)
+            .map_err(Error::kvm("restore debug registers"))?;
+        vcpu.set_lapic(&self.lapic).map_err(Error::kvm("restore a LAPIC"))?;
+        self.write_msrs(vcpu)?;
+        vcpu.set_vcpu_events(&self.events)
+            .map_err(Error::kvm("restore pending events"))
+    }
+
+    /// Whether this host can take the state on; if not, what it lacks.
+    pub(crate) fn check(&self, kind: &str, host: &Host) -> Result<(), Error> {
+        let lacks = |what: String| Err(Error::Incompatible(format!("{kind}: {what}")));
+        if let Some(missing) = self.cpuid.beyond(&host.cpuid) {
+            return lacks(format!("this host lacks {missing}"));
+        }
+        let can = host.cpuid.xcr0();
+        for xcr in self
+            .xcrs
+            .xcrs
+            .iter()
+            .take(usize::try_from(self.xcrs.nr_xcrs).unwrap_or(usize::MAX))
+        {
+            let missing = xcr.value & !can;
+            if xcr.xcr == 0 && missing != 0 {
+                return lacks(format!("this host lacks XCR0 bits {missing:#x}"));
+            }
+        }
+        let room = XSAVE_WORDS + host.xsave_extra;
+        if self.xsave.iter().skip(room).any(|word| *word != 0) {
+            return lacks(format!(
+                "its XSAVE area of {} bytes exceeds this host's {}",
+                self.xsave.len() * 4,
+                room * 4
+            ));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn encode(&self, index: u8) -> StateRecord {
+        let mut w = Writer::with_capacity(16 << 10);
+        w.u32(self.tsc_khz);
+        self.cpuid.encode(&mut w);
+        w.bytes(bytes_of(&self.mp_state))
+            .bytes(bytes_of(&self.regs))
+            .bytes(bytes_of(&self.sregs));
+        w.bytes(bytes_of(&self.xcrs))
+            .bytes(bytes_of(&self.debugregs))
+            .bytes(bytes_of(&self.lapic));
+        w.bytes(bytes_of(&self.events));
+        let xsave: Vec<u8> = self.xsave.iter().flat_map(|word| word.to_le_bytes()).collect();
+        w.bytes(&xsave);
+        w.u32(u32::try_from(self.msrs.len()).expect("limits::MSRS at most"));
+        for msr in &self.msrs {
+            w.u32(msr.index).u64(msr.data);
+        }
+        StateRecord {
+            kind: kind(index),
+            version: VERSION,
+            bytes: w.into_bytes(),
+        }
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+        let mut r = Reader::new(bytes);
+        let tsc_khz = r.u32("TSC frequency")?;
+        let cpuid = Cpuid::decode(&mut r)?;
+        let mp_state = read(&mut r, "mp_state")?;
+        let regs = read(&mut r, "regs")?;
+        let sregs = read(&mut r, "sregs")?;
+        let xcrs = read(&mut r, "xcrs")?;
+        let debugregs = read(&mut r, "debugregs")?;
+        let lapic = read(&mut r, "lapic")?;
+        let events = read(&mut r, "vcpu_events")?;
+        let xsave = r.bytes_within(limits::XSAVE_BYTES, "XSAVE area")?;
+        let (words, []) = xsave.as_chunks::<4>() else {
+            return Err(r.malformed("XSAVE area"));
+        };
+        if words.len() < XSAVE_WORDS {
+            return Err(r.malformed("XSAVE area"));
+        }
+        let xsave = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
+        let count = r.len_within(limits::MSRS, "MSRs")?;
+        let msrs = (0..count)
+            .map(|_| {
+                Ok(kvm_msr_entry {
+                    index: r.u32("MSR")?,
+                    data: r.u64("MSR")?,
+                    ..Default::default()
+                })
+            })
+            .collect::<Result<_, Malformed>>()?;
+        r.finish("end of vCPU state")?;
+        Ok(Self {
+            tsc_khz,
+            cpuid,
+            mp_state,
+            regs,
+            sregs,
+            xcrs,
+            debugregs,
+            lapic,
+            events,
+            xsave,
+            msrs,
+        })
+    }
+
+    fn write_xsave(&self, vcpu: &VcpuFd, host: &Host) -> Result<(), Error> {
+        let mut area = host.xsave();
+        let (head, tail) = self.xsave.split_at(XSAVE_WORDS);
+        area.as_mut_slice()
+            .iter_mut()
+            .zip(tail)
+            .for_each(|(place, word)| *place = *word);
+        // SAFETY: only the area's fixed part is written; its length, which the wrapper relies on, is not touched.
+        unsafe { area.as_mut_fam_struct() }.xsave.region.copy_from_slice(head);
+        // SAFETY: KVM reads as much as KVM_CAP_XSAVE2 says, and `host.xsave()` made the area that long.
+        unsafe { vcpu.set_xsave2(&area) }.map_err(Error::kvm("restore the XSAVE area"))
+    }
+
+    /// All in one call; where KVM stops, that one is skipped with a warning. An MSR this host cannot set is, for all we
+    /// know, one this guest does not use: what it does use and cannot have was refused by CPUID.
+    fn write_msrs(&self, vcpu: &VcpuFd) -> Result<(), Error> {
+        let mut rest = &self.msrs[..];
+        while !rest.is_empty() {
+            let msrs = Msrs::from_entries(rest).expect("decode keeps within limits::MSRS");
+            let written = vcpu
+                .set_msrs(&msrs)
+                .map_err(Error::kvm("restore MSRs"))?
+                .min(rest.len());
+            rest = &rest[written..];
+            if let Some((refused, others)) = rest.split_first() {
+                tracing::warn!(
+                    msr = format_args!("{:#x}", refused.index),
+                    value = format_args!("{:#x}", refused.data),
+                    "this host does not take the value of an MSR"
+                );
+                rest = others;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// 32-bit words of the fixed part of an XSAVE area.
+const XSAVE_WORDS: usize = 1024;
+
+fn read_xsave(vcpu: &VcpuFd, host: &Host) -> Result<Vec<u32>, Error> {
+    if !host.xsave2 {
+        let area = vcpu.get_xsave().map_err(Error::kvm("read the XSAVE area"))?;
+        return Ok(area.region.to_vec());
+    }
+    let mut area = host.xsave();
+    // SAFETY: KVM writes as much as KVM_CAP_XSAVE2 says, and `host.xsave()` made the area that long.
+    unsafe { vcpu.get_xsave2(&mut area) }.map_err(Error::kvm("read the XSAVE area"))?;
+    let mut words = area.as_fam_struct_ref().xsave.region.to_vec();
+    words.extend_from_slice(area.as_slice());
+    Ok(words)
+}
+
+/// All MSRs in one call, and those behind one that has become unreadable in further calls.
+fn save_msrs(vcpu: &VcpuFd, which: &[u32]) -> Result<Vec<kvm_msr_entry>, Error> {
+    let mut saved = Vec::with_capacity(which.len());
+    let mut rest = which;
+    while !rest.is_empty() {
+        let read = read_msrs(vcpu, rest)?;
+        rest = &rest[read.len()..];
+        saved.extend(read);
+        if let Some((refused, others)) = rest.split_first() {
+            tracing::warn!(
+                msr = format_args!("{refused:#x}"),
+                "an MSR can no longer be read and is left out"
+            );
+            rest = others;
+        }
+    }
+    Ok(saved)
+}
+
+/// Give a vCPU its TSC frequency, if it does not have it already.
+pub(crate) fn set_tsc_khz(vcpu: &VcpuFd, wanted: u32) -> Result<(), Error> {
+    let here = vcpu.get_tsc_khz().map_err(Error::kvm("read the TSC frequency"))?;
+    if wanted == here || wanted == 0 || vcpu.set_tsc_khz(wanted).is_ok() {
+        return Ok(());
+    }
+    // KVM itself takes frequencies this close for the same (its parameter tsc_tolerance_ppm): two hosts of one model
+    // differ by as much, and a guest's own clock discipline absorbs it.
+    let tolerated = u64::from(here) * 250 / 1_000_000;
+    if u64::from(wanted.abs_diff(here)) <= tolerated {
+        return Ok(());
+    }
+    Err(Error::Incompatible(format!(
+        "tsc_khz: the guest's time-stamp counter runs at {wanted} kHz, this host's at {here} kHz and KVM cannot scale it"
+    )))
+}

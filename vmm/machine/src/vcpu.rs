@@ -1,0 +1,265 @@
+//! One vCPU: its thread, and what it does with each exit.
+//!
+//! A vCPU belongs to its thread while it runs; while it is parked whoever controls the machine may lock it and save or
+//! restore it. The thread is started when the machine is built, long before it is needed, so that a shadow takes over
+//! without creating anything.
+//!
+//! # Leaving the guest cleanly
+//!
+//! When a vCPU leaves `KVM_RUN` to have a port or MMIO read answered, the instruction is *not* finished: KVM completes it
+//! at the next entry, moving the answer into a register and RIP past the instruction. State saved before that would show
+//! neither, and the guest would read the port again on the other side, or lose what it read. So before parking, a vCPU
+//! enters once more with `immediate_exit` set: KVM completes what is pending and comes back without running the guest
+//! (kvm/api.rst, `KVM_RUN`, "immediate_exit"). Completing may write to guest memory (`rep ins`), which is why it is
+//! part of stopping and not of saving: the last harvest must come after it. One instruction may need several exits (a
+//! string, an access across two pages), so it enters again until KVM says it was interrupted.
+
+use std::fmt;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{
+    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
+    kvm_run__bindgen_ty_1__bindgen_ty_4 as IoExit,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{SIGRTMIN, unblock_signal};
+
+use crate::board::Board;
+use crate::error::Error;
+use crate::fate::{ExitReason, Fate};
+use crate::gate::{Gate, Kick, Next};
+use crate::ioctls::thread_id;
+use crate::memory::Memory;
+
+/// A vCPU and which one it is.
+pub(crate) struct Vcpu {
+    pub(crate) index: u8,
+    pub(crate) fd: VcpuFd,
+    /// Tell the guest at its next entry that it was stopped, so that its watchdogs do not mistake the pause for a hang.
+    pub(crate) tell_of_pause: bool,
+}
+
+/// What a vCPU's thread needs.
+pub(crate) struct Thread {
+    pub(crate) vcpu: Arc<Mutex<Vcpu>>,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) board: Arc<Board>,
+    pub(crate) fate: Arc<Fate>,
+    /// Not touched here: held so that guest memory lives as long as a vCPU that may write to it.
+    pub(crate) memory: Arc<Memory>,
+}
+
+/// Our own mapping of the page KVM and a vCPU talk through.
+///
+/// kvm-ioctls has one too, and makes Rust references into it; this one is at another address and is accessed only
+/// through atomics and volatile reads, so a thread may set `immediate_exit` while the vCPU's own thread is inside
+/// `KVM_RUN`.
+#[derive(Debug)]
+pub(crate) struct RunPage(NonNull<kvm_run>);
+
+// SAFETY: the page is plain memory shared with the kernel; every access below is atomic or volatile and by value.
+unsafe impl Send for RunPage {}
+// SAFETY: as above.
+unsafe impl Sync for RunPage {}
+
+impl RunPage {
+    pub(crate) fn map(vcpu: &VcpuFd) -> Result<Self, Error> {
+        let (bytes, prot) = (size_of::<kvm_run>(), libc::PROT_READ | libc::PROT_WRITE);
+        // SAFETY: a new mapping wherever the kernel likes replaces nothing. A vCPU can be mapped any number of times.
+        let page = unsafe { libc::mmap(std::ptr::null_mut(), bytes, prot, libc::MAP_SHARED, vcpu.as_raw_fd(), 0) };
+        if page == libc::MAP_FAILED {
+            return Err(Error::last_os("map a vCPU's run page"));
+        }
+        Ok(Self(
+            NonNull::new(page.cast()).expect("the kernel maps nothing at address zero"),
+        ))
+    }
+
+    /// Have `KVM_RUN` return as soon as it is entered, or no longer.
+    pub(crate) fn leave_at_once(&self, yes: bool) {
+        // SAFETY: the field is one byte within our mapping, which lives as long as `self`.
+        let field = unsafe { &raw mut (*self.0.as_ptr()).immediate_exit };
+        // SAFETY: a byte is aligned for AtomicU8, and everybody in this process accesses it atomically through this
+        // mapping; the kernel reads it once per entry.
+        let atomic = unsafe { AtomicU8::from_ptr(field) };
+        atomic.store(u8::from(yes), Ordering::SeqCst);
+    }
+
+    /// Bytes per access of the port exit just taken: kvm-ioctls tells only the total of a string of them.
+    fn port_access_bytes(&self) -> usize {
+        // SAFETY: the union lies within our mapping; taking its address reads nothing.
+        let io: *const IoExit = unsafe { &raw const (*self.0.as_ptr()).__bindgen_anon_1 }.cast();
+        // SAFETY: `io` is plain bytes, valid for any bit pattern; the kernel writes it only inside KVM_RUN, and the
+        // vCPU's thread, which alone calls this, is outside.
+        let io = unsafe { io.read_volatile() };
+        io.size.into()
+    }
+}
+
+impl Drop for RunPage {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and ends with its only owner.
+        unsafe { libc::munmap(self.0.as_ptr().cast(), size_of::<kvm_run>()) };
+    }
+}
+
+/// Whether KVM still has to finish an instruction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pending {
+    Yes,
+    No,
+}
+
+impl Thread {
+    /// The thread's body: take part in every round until told to return.
+    pub(crate) fn work(self, page: Arc<RunPage>) {
+        // A thread inherits its maker's signal mask, and the maker may be anybody. Failing here cannot happen for a
+        // valid signal; if it did, only stopping would take longer.
+        if let Err(error) = unblock_signal(SIGRTMIN()) {
+            tracing::warn!(%error, "cannot unblock the vCPU kick signal");
+        }
+        let index = usize::from(lock(&self.vcpu).index);
+        self.gate.join(
+            index,
+            Kick {
+                thread: thread_id(),
+                page: page.clone(),
+            },
+        );
+        let mut round = 0;
+        loop {
+            match self.gate.next(&mut round) {
+                Next::Run => self.run(&mut lock(&self.vcpu), &page),
+                Next::Work(work) => work(&mut lock(&self.vcpu)),
+                Next::Nothing => {}
+                Next::Quit => return drop(self.memory),
+            }
+            self.gate.finished();
+        }
+    }
+
+    /// Run the guest until the gate says otherwise, and leave it with nothing pending.
+    fn run(&self, vcpu: &mut Vcpu, page: &RunPage) {
+        page.leave_at_once(false);
+        if std::mem::take(&mut vcpu.tell_of_pause) {
+            // EINVAL: the guest has not set up kvmclock, so it cannot be told and has nothing to be told about.
+            let _ = vcpu.fd.kvmclock_ctrl();
+        }
+        let mut pending = Pending::No;
+        while self.gate.running() {
+            pending = self.enter(vcpu, page);
+        }
+        page.leave_at_once(true);
+        while pending == Pending::Yes && !self.fate.is_fault() {
+            pending = self.enter(vcpu, page);
+        }
+    }
+
+    /// Enter the guest once and do what its exit asks for.
+    fn enter(&self, vcpu: &mut Vcpu, page: &RunPage) -> Pending {
+        let exit = match vcpu.fd.run() {
+            Ok(exit) => exit,
+            // Interrupted; or an application processor that was still waiting to be started.
+            Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => return Pending::No,
+            Err(error) => return self.fault(vcpu, &format!("KVM_RUN failed: {error}")),
+        };
+        match exit {
+            VcpuExit::IoOut(port, data) => {
+                for access in data.chunks(page.port_access_bytes().max(1)) {
+                    self.board.ports.write(port.into(), access);
+                }
+                Pending::Yes
+            }
+            VcpuExit::IoIn(port, data) => {
+                for access in data.chunks_mut(page.port_access_bytes().max(1)) {
+                    self.board.ports.read(port.into(), access);
+                }
+                Pending::Yes
+            }
+            VcpuExit::MmioRead(address, data) => {
+                self.board.mmio.read(address, data);
+                Pending::Yes
+            }
+            VcpuExit::MmioWrite(address, data) => {
+                self.board.mmio.write(address, data);
+                Pending::Yes
+            }
+            VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => Pending::No,
+            VcpuExit::Shutdown => self.fault(vcpu, "triple fault"),
+            VcpuExit::SystemEvent(event, _) => self.system_event(vcpu, event),
+            VcpuExit::InternalError => {
+                let text = internal_error(&mut vcpu.fd);
+                self.fault(vcpu, &text)
+            }
+            VcpuExit::FailEntry(reason, cpu) => self.fault(
+                vcpu,
+                &format!("the processor refused to enter the guest: reason {reason:#x} on cpu {cpu}"),
+            ),
+            VcpuExit::MemoryFault { flags, gpa, size } => self.fault(
+                vcpu,
+                &format!("memory fault at {gpa:#x}, {size:#x} bytes, flags {flags:#x}"),
+            ),
+            other => {
+                let text = format!("unexpected exit {other:?}");
+                self.fault(vcpu, &text)
+            }
+        }
+    }
+
+    fn system_event(&self, vcpu: &Vcpu, event: u32) -> Pending {
+        match event {
+            KVM_SYSTEM_EVENT_SHUTDOWN => self.fate.end(ExitReason::Shutdown),
+            KVM_SYSTEM_EVENT_RESET => self.fate.end(ExitReason::Reset),
+            KVM_SYSTEM_EVENT_CRASH => return self.fault(vcpu, "the guest says it has crashed"),
+            other => return self.fault(vcpu, &format!("unexpected system event {other}")),
+        }
+        Pending::No
+    }
+
+    /// The guest cannot go on.
+    fn fault(&self, vcpu: &Vcpu, what: &str) -> Pending {
+        let at = vcpu
+            .fd
+            .get_regs()
+            .map_or_else(|_| "an unknown place".to_owned(), |regs| format!("rip {:#x}", regs.rip));
+        self.fate
+            .end(ExitReason::Fault(format!("vcpu {} at {at}: {what}", vcpu.index)));
+        Pending::No
+    }
+}
+
+/// What KVM says with KVM_EXIT_INTERNAL_ERROR.
+fn internal_error(fd: &mut VcpuFd) -> String {
+    let run = fd.get_kvm_run();
+    // SAFETY: every member of the union is plain integers, and KVM has just filled in this one: the exit reason is
+    // KVM_EXIT_INTERNAL_ERROR, or we would not be here.
+    let internal = unsafe { run.__bindgen_anon_1.internal };
+    let words = usize::try_from(internal.ndata)
+        .unwrap_or(usize::MAX)
+        .min(internal.data.len());
+    let kind = match internal.suberror {
+        1 => "KVM could not emulate an instruction",
+        2 => "KVM met two events at once",
+        3 => "KVM met an exception while delivering an event",
+        _ => "KVM met an error of its own",
+    };
+    format!(
+        "{kind}: suberror {}, data {:x?}",
+        internal.suberror,
+        &internal.data[..words]
+    )
+}
+
+/// Lock a vCPU. Its state is KVM's and whole after every call, so a panic elsewhere does not spoil it.
+pub(crate) fn lock(vcpu: &Mutex<Vcpu>) -> MutexGuard<'_, Vcpu> {
+    vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl fmt::Debug for Vcpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Vcpu({})", self.index)
+    }
+}
