@@ -63,12 +63,22 @@
 //! hostile peer runs into.
 #![forbid(unsafe_code)]
 
+mod bulk;
 pub mod config;
+mod control;
 pub mod error;
+mod estimator;
 pub mod event;
+pub mod frames;
 pub mod limits;
 pub mod link;
+mod path;
+mod predictor;
+mod reassembly;
+mod redundancy;
+mod scheduler;
 pub mod stats;
+mod stripe;
 
 pub use config::{BadConfig, LinkConfig};
 pub use error::{PeerMisbehaved, Refused};
