@@ -8,12 +8,6 @@ pub enum StartError {
     /// This host failed.
     #[error("{0}")]
     Host(String),
-    /// The peer could not be reached or did not accept us.
-    #[error(transparent)]
-    Connect(#[from] umbra_quic::ConnectError),
-    /// An address could not be listened on.
-    #[error(transparent)]
-    Listen(#[from] umbra_quic::ListenError),
 }
 
 /// Why a command to a session was not carried out.

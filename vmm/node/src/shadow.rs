@@ -11,18 +11,17 @@ use umbra_core::guest::{Guest, GuestBuilder, Space, StateRecord};
 use umbra_core::phase::ShadowPhase;
 use umbra_core::shadow::{Applied, Image, Outcome, Output, Shadow, ShadowConfig, ShadowStatus, Step};
 use umbra_core::wire::Message;
-use umbra_paths::{LinkEvent, LinkStats};
-use umbra_quic::{Incoming, LinkNews, LinkReceiver, LinkSender, Listener};
+use umbra_paths::{LinkConfig, LinkEvent};
+use umbra_quic::{Incoming, LinkReceiver, LinkSender, Listener, Refusal, Stats};
 use umbra_units::{Epoch, GuestId, Now, PageId, Term};
 
 use crate::clock::Clock;
 use crate::error::{CommandError, StartError};
 use crate::hands::{Answers, Hand};
+use crate::link::Mouth;
 
 /// A source that has been silent on all paths for this long may be replaced by another.
 const FORGET_AFTER: Duration = Duration::from_secs(15);
-/// How long the last words of a session may take to arrive.
-const LAST_WORDS: Duration = Duration::from_secs(5);
 /// How long a source may take to hear that its guest runs here; it asks again over whatever path comes back.
 const LINGER: Duration = Duration::from_secs(3600);
 /// Batches that may wait to be applied before the link is read no further, so that a source faster than this host's
@@ -53,7 +52,7 @@ pub struct ShadowNodeStatus {
     /// What the state machine says.
     pub shadow: ShadowStatus,
     /// What the link says, while there is one.
-    pub link: Option<LinkStats>,
+    pub link: Option<Stats>,
     /// The last thing that went wrong, on either side, if anything did.
     pub last_error: Option<String>,
 }
@@ -140,7 +139,7 @@ impl ShadowNode {
         loop {
             let incoming = match next.take() {
                 Some(incoming) => incoming,
-                None => self.wait_for_source().await?,
+                None => self.wait_for_source().await,
             };
             match self.serve(incoming).await? {
                 Ended::TakenOver(guest) => return Ok(guest),
@@ -150,11 +149,11 @@ impl ShadowNode {
         }
     }
 
-    async fn wait_for_source(&mut self) -> Result<Incoming, StartError> {
+    async fn wait_for_source(&mut self) -> Incoming {
         let listening = Shadow::new(self.config.clone());
         loop {
             tokio::select! {
-                incoming = self.listener.accept() => return Ok(incoming?),
+                incoming = self.listener.accept() => return incoming,
                 Some(command) = self.commands.recv() => match command {
                     Command::Status(answer) => {
                         let (shadow, last_error) = (listening.status(), self.last_error.clone());
@@ -173,40 +172,39 @@ impl ShadowNode {
         let clock = Clock::new();
         let (answer, mut answers) = mpsc::unbounded_channel();
         let twin_hand = start_twin_hand(Arc::clone(&self.builder), clock, answer)?;
-        let (sender, mut link) = incoming.accept();
+        let (sender, mut link) = incoming.accept(LinkConfig::default()).split();
         let mut session = ShadowTask {
             shadow: Shadow::new(self.config.clone()),
+            mouth: Mouth::start(sender.clone()),
             sender,
             twin_hand,
             events: self.events.clone(),
             clock,
             applying: 0,
-            silent_since: None,
             last_error: None,
             taken: None,
             outcome: None,
         };
-        let ended = loop {
+        loop {
             session.perform();
             if let Some(outcome) = session.outcome.take() {
-                break session.finish(outcome, link).await;
+                self.last_error = session.last_error.take();
+                return Ok(session.finish(outcome, link, &mut self.last_error).await);
             }
             tokio::select! {
                 biased;
                 Some((at, answer)) = answers.recv() => session.handle_answer(at, answer),
-                news = link.recv(), if session.applying < APPLY_AHEAD => session.handle_link(news),
-                Some(command) = self.commands.recv() => session.handle_command(command),
+                Some(news) = link.recv(), if session.applying < APPLY_AHEAD => session.handle_link(news),
+                Some(command) = self.commands.recv() => session.handle_command(command).await,
                 incoming = self.listener.accept() => {
-                    if let Some(incoming) = session.consider(incoming?) {
-                        session.shadow.end("another source took this shadow's place after a long silence").ok();
-                        break Ended::Replaced(incoming);
+                    if let Some(incoming) = session.consider(incoming) {
+                        session.mouth.close("another source took this shadow after a long silence".to_owned()).await;
+                        return Ok(Ended::Replaced(incoming));
                     }
                 }
                 () = clock.sleep_until(session.shadow.poll_timeout()) => session.shadow.handle_time(clock.now()),
             }
-        };
-        self.last_error = session.last_error;
-        Ok(ended)
+        }
     }
 }
 
@@ -289,23 +287,22 @@ impl Twin {
 
 /// The source waits for our word that the guest runs, and closes the link when it has it. The link must live so long,
 /// over an outage too, but nobody here has to wait for it.
-async fn linger(sender: LinkSender, mut link: LinkReceiver) {
-    let closed = async { while !matches!(link.recv().await, LinkNews::Closed(_)) {} };
+async fn linger(mouth: Mouth, mut link: LinkReceiver) {
+    let closed = async { while link.recv().await.is_some() {} };
     if tokio::time::timeout(LINGER, closed).await.is_err() {
-        sender.close("the guest runs here", LAST_WORDS).await;
+        mouth.close("the guest runs here".to_owned()).await;
     }
 }
 
 struct ShadowTask {
     shadow: Shadow,
     sender: LinkSender,
+    mouth: Mouth,
     twin_hand: Hand<Work>,
     events: broadcast::Sender<Event>,
     clock: Clock,
     /// Batches given to the hand and not yet answered.
     applying: usize,
-    /// Since when no path has carried anything.
-    silent_since: Option<Now>,
     last_error: Option<String>,
     taken: Option<Arc<dyn Guest>>,
     outcome: Option<Outcome>,
@@ -315,7 +312,7 @@ impl ShadowTask {
     fn perform(&mut self) {
         while let Some(output) = self.shadow.poll_output() {
             match output {
-                Output::Send(message) => self.send(&message),
+                Output::Send(message) => self.mouth.say(&message),
                 Output::Do(step) => self.twin_hand.give(Work::Step(step)),
                 Output::Event(event) => {
                     tracing::info!(?event, "shadow");
@@ -346,37 +343,33 @@ impl ShadowTask {
         }
     }
 
-    fn handle_link(&mut self, news: LinkNews) {
+    fn handle_link(&mut self, news: umbra_quic::Event) {
+        use umbra_quic::Event as News;
         let now = self.clock.now();
         match news {
-            LinkNews::Event(LinkEvent::Message(bytes)) => match Message::decode(&bytes) {
+            News::Link(LinkEvent::Message(bytes)) => match Message::decode(&bytes) {
                 Ok(message) => self.shadow.handle_message(now, message),
                 Err(malformed) => self.shadow.handle_failed(malformed.into()),
             },
-            LinkNews::Event(LinkEvent::Block { bytes, .. }) => {
+            News::Link(LinkEvent::Block { bytes, .. }) => {
                 self.applying += 1;
                 self.twin_hand.give(Work::Apply(now, bytes));
             }
-            LinkNews::Event(LinkEvent::AllPathsDown) => {
-                self.silent_since = Some(now);
-                self.shadow.handle_link_up(false);
+            News::Link(LinkEvent::AllPathsDown) => self.shadow.handle_link_up(false),
+            News::Link(LinkEvent::Restored) => self.shadow.handle_link_up(true),
+            News::Link(event) => crate::link::log(&event),
+            News::Trouble { path, error } => tracing::warn!(%path, %error, "path"),
+            News::Ended(why) => {
+                self.last_error = Some(why.to_string());
+                self.shadow.handle_link_lost(&why.to_string());
             }
-            LinkNews::Event(LinkEvent::Restored) => {
-                self.silent_since = None;
-                self.shadow.handle_link_up(true);
-            }
-            LinkNews::Event(LinkEvent::PathUp(path)) => tracing::info!(%path, "path up"),
-            LinkNews::Event(LinkEvent::PathSuspect(path, why)) => tracing::warn!(%path, ?why, "path suspected"),
-            LinkNews::Event(LinkEvent::PathDown(path)) => tracing::warn!(%path, "path down"),
-            LinkNews::Event(LinkEvent::BlockDelivered(_)) => {}
-            LinkNews::Closed(why) => self.shadow.handle_link_lost(&why.to_string()),
         }
     }
 
-    fn handle_command(&mut self, command: Command) {
+    async fn handle_command(&mut self, command: Command) {
         match command {
             Command::Status(answer) => {
-                let (shadow, link) = (self.shadow.status(), Some(self.sender.stats()));
+                let (shadow, link) = (self.shadow.status(), self.sender.stats().await.ok());
                 let _ = answer.send(ShadowNodeStatus { shadow, link, last_error: self.last_error.clone() });
             }
             Command::Vouch(answer) => drop(answer.send(self.shadow.vouch().map_err(Into::into))),
@@ -387,34 +380,28 @@ impl ShadowTask {
     /// Another source knocks. It is let in only if ours has been silent for long and nothing stands prepared: a final
     /// epoch may be the only copy of its guest.
     fn consider(&self, incoming: Incoming) -> Option<Incoming> {
-        let silent = self.silent_since.is_some_and(|since| self.clock.now().since(since) > FORGET_AFTER);
         let keeps = matches!(self.shadow.phase(), ShadowPhase::Preparing | ShadowPhase::Prepared | ShadowPhase::Starting);
-        if silent && !keeps {
+        if !keeps && incoming.rival(FORGET_AFTER).is_none() {
             return Some(incoming);
         }
         let guest = self.shadow.status().hello.map_or_else(|| "another guest".to_owned(), |hello| format!("guest {}", hello.guest));
-        incoming.refuse(&format!("busy: this node shadows {guest}, phase {}", self.shadow.phase()));
+        let text = format!("this node shadows {guest}, phase {}", self.shadow.phase());
+        incoming.refuse(Refusal::Busy, text);
         None
     }
 
-    fn send(&self, message: &Message) {
-        if let Err(error) = self.sender.send_message(message.encode()) {
-            tracing::debug!(%error, ?message, "not sent");
-        }
-    }
-
-    async fn finish(&mut self, outcome: Outcome, link: LinkReceiver) -> Ended {
+    async fn finish(mut self, outcome: Outcome, link: LinkReceiver, last_error: &mut Option<String>) -> Ended {
         match outcome {
             Outcome::Runs(term) => {
                 let guest = self.taken.take().expect("a guest that runs was resumed");
                 let id = self.shadow.status().hello.expect("somebody's guest").guest;
-                tokio::spawn(linger(self.sender.clone(), link));
+                tokio::spawn(linger(self.mouth, link));
                 Ended::TakenOver(TakenOver { guest, id, term })
             }
             Outcome::Dropped { text, .. } => {
                 tracing::warn!(why = %text, "session dropped");
-                self.last_error = Some(text.clone());
-                self.sender.close(&text, LAST_WORDS).await;
+                *last_error = Some(text.clone());
+                self.mouth.close(text).await;
                 Ended::Dropped
             }
         }

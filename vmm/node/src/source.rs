@@ -15,14 +15,14 @@ use umbra_core::source::{
     Encoder, Outcome, Output, Plan, Source, SourceConfig, SourceStatus, Step, SwitchoverOptions,
 };
 use umbra_core::wire::Message;
-use umbra_paths::{Class, LinkEvent, LinkStats};
-use umbra_quic::{LinkNews, LinkReceiver, LinkSender};
+use umbra_paths::{Class, LinkEvent};
+use umbra_quic::{LinkHandle, LinkReceiver, LinkSender, Stats};
 use umbra_units::{Bandwidth, BatchId, Bytes, GuestId, Now, PageId, SessionId, Term};
 
 use crate::clock::Clock;
 use crate::error::{CommandError, StartError, SwitchoverError};
 use crate::hands::{Answers, Hand};
-use crate::link::facts_of;
+use crate::link::{Mouth, facts_of};
 
 /// Batches being copied and encoded at once: one under way, and the next ones ready for it.
 const ENCODE_AHEAD: usize = 3;
@@ -30,8 +30,6 @@ const ENCODE_AHEAD: usize = 3;
 const TOO_FAST_TO_COMPRESS: Bandwidth = Bandwidth(400 << 20);
 /// How often the link's rate is looked at while nothing else happens.
 const LOOK_AT_LINK: Duration = Duration::from_millis(20);
-/// How long the last words of a session may take to arrive.
-const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Events that a slow listener may be behind before it misses some.
 const EVENTS_KEPT: usize = 256;
 
@@ -82,8 +80,8 @@ pub struct GuestIdentity {
 pub struct ProtectionStatus {
     /// What the state machine says.
     pub source: SourceStatus,
-    /// What the link says.
-    pub link: LinkStats,
+    /// What the link says; `None` once it is over.
+    pub link: Option<Stats>,
     /// The last thing that went wrong, on either side, if anything did.
     pub last_error: Option<String>,
 }
@@ -111,13 +109,13 @@ impl Protection {
         guest: Arc<dyn Guest>,
         identity: GuestIdentity,
         session: SessionId,
-        link: (LinkSender, LinkReceiver),
+        link: LinkHandle,
         config: ProtectConfig,
     ) -> Result<Self, StartError> {
         let (commands, inbox) = mpsc::channel(16);
         let (events, _) = broadcast::channel(EVENTS_KEPT);
         let (outcome_in, outcome) = watch::channel(None);
-        let (sender, receiver) = link;
+        let (sender, receiver) = link.split();
         let task = SourceTask::new(guest, identity, session, sender, config, events.clone())?;
         tokio::spawn(async move {
             let outcome = task.run(receiver, inbox).await;
@@ -208,6 +206,7 @@ enum Work {
 struct SourceTask {
     source: Source,
     sender: LinkSender,
+    mouth: Mouth,
     guest_hand: Hand<Step>,
     encode_hand: Hand<Work>,
     answers: mpsc::UnboundedReceiver<(Now, Answer)>,
@@ -241,6 +240,7 @@ impl SourceTask {
             source,
             guest_hand: start_guest_hand(Arc::clone(&guest), clock, answer.clone())?,
             encode_hand: start_encode_hand(guest, encoder, sender.clone(), clock, answer)?,
+            mouth: Mouth::start(sender.clone()),
             sender,
             answers,
             events,
@@ -255,7 +255,7 @@ impl SourceTask {
     }
 
     async fn run(mut self, mut link: LinkReceiver, mut commands: mpsc::Receiver<Command>) -> Outcome {
-        let mut room = self.sender.room_watch();
+        let mut room = self.sender.room();
         let mut look_at_link = tokio::time::interval(LOOK_AT_LINK);
         loop {
             self.perform();
@@ -266,10 +266,10 @@ impl SourceTask {
             tokio::select! {
                 biased;
                 Some((at, answer)) = self.answers.recv() => self.handle_answer(at, answer),
-                news = link.recv() => self.handle_link(news),
-                Some(command) = commands.recv() => self.handle_command(command),
+                Some(news) = link.recv() => self.handle_link(news),
+                Some(command) = commands.recv() => self.handle_command(command).await,
                 Ok(()) = room.changed() => {}
-                _ = look_at_link.tick() => self.look_at_link(),
+                _ = look_at_link.tick() => self.look_at_link().await,
                 () = self.clock.sleep_until(self.source.poll_timeout()) => self.source.handle_time(self.clock.now()),
             }
         }
@@ -280,7 +280,7 @@ impl SourceTask {
         loop {
             while let Some(output) = self.source.poll_output() {
                 match output {
-                    Output::Send(message) => self.send(&message),
+                    Output::Send(message) => self.mouth.say(&message),
                     Output::Do(Step::Audit) => self.encode_hand.give(Work::Audit),
                     Output::Do(step) => self.guest_hand.give(step),
                     Output::Event(event) => self.tell(event),
@@ -288,7 +288,7 @@ impl SourceTask {
                 }
             }
             let urgent = self.source.phase() == SourcePhase::Final;
-            if self.encoding >= ENCODE_AHEAD || !(urgent || self.sender.room() > 0) {
+            if self.encoding >= ENCODE_AHEAD || !(urgent || *self.sender.room().borrow() > 0) {
                 return;
             }
             let Some(plan) = self.source.take_plan(self.clock.now()) else { return };
@@ -323,35 +323,36 @@ impl SourceTask {
         }
     }
 
-    fn handle_link(&mut self, event: LinkNews) {
+    fn handle_link(&mut self, news: umbra_quic::Event) {
+        use umbra_quic::Event as News;
         let now = self.clock.now();
-        match event {
-            LinkNews::Event(LinkEvent::Message(bytes)) => match Message::decode(&bytes) {
+        match news {
+            News::Link(LinkEvent::Message(bytes)) => match Message::decode(&bytes) {
                 Ok(message) => self.source.handle_message(now, message),
                 Err(malformed) => self.source.handle_failed(malformed.into()),
             },
-            LinkNews::Event(LinkEvent::Block { .. }) => {
-                let fault = Fault::PeerMisbehaved("a shadow sends no pages".to_owned());
-                self.source.handle_failed(fault);
+            News::Link(LinkEvent::Block { .. }) => {
+                self.source.handle_failed(Fault::PeerMisbehaved("a shadow sends no pages".to_owned()));
             }
-            LinkNews::Event(LinkEvent::AllPathsDown) => self.source.handle_link_up(false),
-            LinkNews::Event(LinkEvent::Restored) => self.source.handle_link_up(true),
-            LinkNews::Event(LinkEvent::PathUp(path)) => tracing::info!(%path, "path up"),
-            LinkNews::Event(LinkEvent::PathSuspect(path, why)) => tracing::warn!(%path, ?why, "path suspected"),
-            LinkNews::Event(LinkEvent::PathDown(path)) => tracing::warn!(%path, "path down"),
-            LinkNews::Event(LinkEvent::BlockDelivered(_)) => {}
-            LinkNews::Closed(why) => {
+            News::Link(LinkEvent::AllPathsDown) => self.source.handle_link_up(false),
+            News::Link(LinkEvent::Restored) => self.source.handle_link_up(true),
+            News::Link(event) => crate::link::log(&event),
+            News::Trouble { path, error } => {
+                tracing::warn!(%path, %error, "path");
+                self.last_error = Some(format!("{path}: {error}"));
+            }
+            News::Ended(why) => {
                 self.last_error = Some(why.to_string());
                 self.source.handle_link_lost(&why.to_string());
             }
         }
     }
 
-    fn handle_command(&mut self, command: Command) {
+    async fn handle_command(&mut self, command: Command) {
         let now = self.clock.now();
         // A caller that went away does not want the answer any more.
         match command {
-            Command::Status(answer) => drop(answer.send(self.status())),
+            Command::Status(answer) => drop(answer.send(self.status().await)),
             Command::Switchover(options, answer) => match self.source.switchover(now, options) {
                 Ok(()) => self.mover = Some(answer),
                 Err(refused) => drop(answer.send(Err(SwitchoverError { text: refused.0, fault: None }))),
@@ -362,18 +363,12 @@ impl SourceTask {
         }
     }
 
-    fn look_at_link(&mut self) {
-        let facts = facts_of(&self.sender.stats());
+    async fn look_at_link(&mut self) {
+        let Ok(stats) = self.sender.stats().await else { return };
+        let facts = facts_of(&stats.link);
         if facts != self.facts {
             self.facts = facts;
             self.source.handle_link(facts);
-        }
-    }
-
-    fn send(&mut self, message: &Message) {
-        if let Err(error) = self.sender.send_message(message.encode()) {
-            // The link is closed, and says so itself; what it did not deliver, nobody will.
-            tracing::debug!(%error, ?message, "not sent");
         }
     }
 
@@ -388,15 +383,12 @@ impl SourceTask {
         let _ = self.events.send(event);
     }
 
-    fn status(&self) -> ProtectionStatus {
-        ProtectionStatus {
-            source: self.source.status(),
-            link: self.sender.stats(),
-            last_error: self.last_error.clone(),
-        }
+    async fn status(&self) -> ProtectionStatus {
+        let link = self.sender.stats().await.ok();
+        ProtectionStatus { source: self.source.status(), link, last_error: self.last_error.clone() }
     }
 
-    async fn finish(&mut self, outcome: &Outcome) {
+    async fn finish(mut self, outcome: &Outcome) {
         if let Some(mover) = self.mover.take() {
             let result = match outcome {
                 Outcome::Moved(report) => Ok(**report),
@@ -404,7 +396,7 @@ impl SourceTask {
             };
             let _ = mover.send(result);
         }
-        self.sender.close(&describe(outcome), LAST_WORDS).await;
+        self.mouth.close(describe(outcome)).await;
     }
 }
 
@@ -444,7 +436,7 @@ fn start_encode_hand(
                 encoder.encode(plan, &*guest, compress).map(|encoded| {
                     let size = Bytes::of_len(encoded.bytes.len());
                     // A link that takes no more is closed, and says so itself.
-                    let _ = link.send_block(class, encoded.bytes);
+                    let _ = link.send_block_blocking(class, encoded.bytes);
                     Answer::Encoded(encoded.id, size, encoded.counts)
                 })
             }
