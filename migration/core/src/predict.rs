@@ -55,7 +55,8 @@ impl PausePredictor {
         self.link = facts;
     }
 
-    /// A batch of `pages` became `bytes`.
+    /// A batch of `pages` that had to travel became `bytes`. Pages found unchanged do not count: an idle guest's next
+    /// writes will not be free.
     #[expect(clippy::cast_precision_loss, reason = "a mean")]
     pub fn encoded(&mut self, pages: u64, bytes: Bytes) {
         if pages > 0 {

@@ -235,6 +235,16 @@ impl Source {
         self.term
     }
 
+    /// The epoch that pages shipped now will belong to.
+    pub const fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// The pages whose newest content the shadow has not acknowledged, for those who check that no write is lost.
+    pub fn debt_pages(&self) -> Harvest {
+        self.ledger.debt_pages()
+    }
+
     /// Its account of itself.
     pub fn status(&self) -> SourceStatus {
         let debt = self.ledger.debt();
@@ -295,7 +305,7 @@ impl Source {
     pub fn handle_encoded(&mut self, now: Now, batch: BatchId, bytes: Bytes, counts: PageCounts) {
         self.counts.add(&counts);
         self.shipped += bytes;
-        self.predictor.encoded(counts.total(), bytes);
+        self.predictor.encoded(counts.total() - counts.same, bytes);
         if let Some(closing) = &mut self.closing {
             closing.encoded(now, batch, bytes, counts);
         }

@@ -1,0 +1,594 @@
+//! A source and a shadow side by side, with nothing between them but two queues: the protocol as a story.
+//!
+//! The simulator (`tests/sim`) is where everything goes wrong at once; here one thing happens at a time.
+#![expect(clippy::unwrap_used, reason = "a test")]
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use umbra_core::batch::Batch;
+use umbra_core::error::Fault;
+use umbra_core::guest::{Guest, GuestError, Harvest, PageBytes, Space, StateRecord};
+use umbra_core::phase::{ShadowPhase, SourcePhase};
+use umbra_core::predict::LinkFacts;
+use umbra_core::report::SwitchoverReport;
+use umbra_core::shadow::{self, Image, Shadow, ShadowConfig};
+use umbra_core::source::{self, Encoder, Source, SourceConfig, SwitchoverOptions};
+use umbra_core::wire::Message;
+use umbra_units::{
+    Bandwidth, Bytes, GuestId, Now, PAGE_SIZE, PageCount, PageId, PageSet, Pfn, SessionId, SpaceId, Term,
+};
+
+/// A guest that is nothing but pages and one number.
+struct Toy {
+    pages: u64,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    memory: Vec<u8>,
+    dirty: Vec<u64>,
+    number: u8,
+    running: bool,
+    /// Saving writes this page, as a device that updates its ring does.
+    writes_while_saving: Option<u64>,
+    fail_restore: bool,
+    fail_resume: bool,
+}
+
+impl Toy {
+    fn new(pages: u64) -> Self {
+        let memory = vec![0; usize::try_from(pages).unwrap() * PAGE_SIZE];
+        Self {
+            pages,
+            inner: Mutex::new(Inner {
+                memory,
+                ..Inner::default()
+            }),
+        }
+    }
+
+    fn write(&self, page: u64, byte: u8) {
+        let mut inner = self.inner.lock().unwrap();
+        let at = usize::try_from(page).unwrap() * PAGE_SIZE;
+        inner.memory[at..at + 100].fill(byte);
+        inner.dirty.push(page);
+    }
+
+    fn memory(&self) -> Vec<u8> {
+        self.inner.lock().unwrap().memory.clone()
+    }
+
+    fn runs(&self) -> bool {
+        self.inner.lock().unwrap().running
+    }
+}
+
+impl Guest for Toy {
+    fn describe(&self) -> StateRecord {
+        StateRecord {
+            kind: "toy".to_owned(),
+            version: 1,
+            bytes: Vec::new(),
+        }
+    }
+
+    fn spaces(&self) -> Vec<Space> {
+        vec![Space::ram(PageCount(self.pages))]
+    }
+
+    fn track(&self, _on: bool) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn harvest(&self) -> Result<Harvest, GuestError> {
+        let mut set = PageSet::new(PageCount(self.pages));
+        self.inner.lock().unwrap().dirty.drain(..).for_each(|page| {
+            set.insert(Pfn(page));
+        });
+        Ok(Harvest {
+            dirty: vec![(SpaceId::RAM, set)],
+        })
+    }
+
+    fn put_back(&self, harvest: &Harvest) {
+        let pages = harvest.dirty.iter().flat_map(|(_, set)| set.iter()).map(|pfn| pfn.0);
+        self.inner.lock().unwrap().dirty.extend(pages);
+    }
+
+    fn read_pages(&self, space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
+        let mut page = [0; PAGE_SIZE];
+        for pfn in pages {
+            self.read_page(PageId { space, pfn: *pfn }, &mut page)?;
+            out.extend_from_slice(&page);
+        }
+        Ok(())
+    }
+
+    fn read_page(&self, page: PageId, out: &mut PageBytes) -> Result<(), GuestError> {
+        let at = usize::try_from(page.pfn.0).unwrap() * PAGE_SIZE;
+        out.copy_from_slice(&self.inner.lock().unwrap().memory[at..at + PAGE_SIZE]);
+        Ok(())
+    }
+
+    fn apply_page(&self, page: PageId, bytes: &PageBytes) -> Result<(), GuestError> {
+        let at = usize::try_from(page.pfn.0).unwrap() * PAGE_SIZE;
+        self.inner.lock().unwrap().memory[at..at + PAGE_SIZE].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn pause(&self) -> Result<(), GuestError> {
+        self.inner.lock().unwrap().running = false;
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        let mut inner = self.inner.lock().unwrap();
+        if inner.fail_resume {
+            return Err(GuestError::Host("no vCPUs today".to_owned()));
+        }
+        inner.running = true;
+        Ok(())
+    }
+
+    fn save(&self) -> Result<Vec<StateRecord>, GuestError> {
+        let writes = self.inner.lock().unwrap().writes_while_saving;
+        writes.into_iter().for_each(|page| self.write(page, 0xdd));
+        let bytes = vec![self.inner.lock().unwrap().number];
+        Ok(vec![StateRecord {
+            kind: "number".to_owned(),
+            version: 1,
+            bytes,
+        }])
+    }
+
+    fn restore(&self, records: &[StateRecord]) -> Result<(), GuestError> {
+        let mut inner = self.inner.lock().unwrap();
+        if inner.fail_restore {
+            return Err(GuestError::Incompatible("this host lacks numbers".to_owned()));
+        }
+        inner.number = records[0].bytes[0];
+        Ok(())
+    }
+
+    fn hold_output(&self) {}
+
+    fn release_output(&self) {}
+}
+
+/// Both machines, both guests, and what is on its way between them.
+struct Pair {
+    now: Now,
+    here: Toy,
+    there: Toy,
+    source: Source,
+    encoder: Encoder,
+    shadow: Shadow,
+    image: Option<Image>,
+    to_shadow: VecDeque<Vec<u8>>,
+    batches: VecDeque<Vec<u8>>,
+    to_source: VecDeque<Message>,
+    /// Messages of this kind are lost, as if the link had died for good just then.
+    lose: fn(&Message) -> bool,
+    source_end: Option<source::Outcome>,
+    shadow_end: Option<shadow::Outcome>,
+    shipped: u64,
+}
+
+impl Pair {
+    fn new(pages: u64) -> Self {
+        let (here, there) = (Toy::new(pages), Toy::new(pages));
+        here.inner.lock().unwrap().running = true;
+        here.inner.lock().unwrap().number = 42;
+        let spaces = here.spaces();
+        let ids = (GuestId([1; 16]), SessionId([2; 16]), Term(1));
+        let mut source = Source::new(SourceConfig::default(), ids.0, ids.1, ids.2, here.describe(), &spaces);
+        source.handle_link(LinkFacts {
+            rate: Bandwidth::mbit(1_000),
+            rtt: Duration::from_millis(1),
+        });
+        Self {
+            now: Now::ZERO,
+            here,
+            there,
+            source,
+            encoder: Encoder::new(&spaces, Bytes::mib(1)),
+            shadow: Shadow::new(ShadowConfig::default()),
+            image: None,
+            to_shadow: VecDeque::new(),
+            batches: VecDeque::new(),
+            to_source: VecDeque::new(),
+            lose: |_| false,
+            source_end: None,
+            shadow_end: None,
+            shipped: 0,
+        }
+    }
+
+    /// Let everything that can happen happen, until only time can bring more.
+    fn settle(&mut self) {
+        while self.source_steps() | self.ship() | self.deliver() | self.shadow_steps() {
+            assert!(!(self.here.runs() && self.there.runs()), "two copies run");
+        }
+    }
+
+    fn run_for(&mut self, span: Duration) {
+        let end = self.now + span;
+        loop {
+            self.settle();
+            let next = self.source.poll_timeout().min(self.shadow.poll_timeout());
+            if next > end {
+                break;
+            }
+            self.now = self.now.max(next);
+            self.source.handle_time(self.now);
+            self.shadow.handle_time(self.now);
+        }
+        self.now = end;
+        self.settle();
+    }
+
+    fn source_steps(&mut self) -> bool {
+        let mut any = false;
+        while let Some(output) = self.source.poll_output() {
+            any = true;
+            match output {
+                source::Output::Send(message) if (self.lose)(&message) => {}
+                source::Output::Send(message) => self.to_shadow.push_back(message.encode()),
+                source::Output::Do(step) => self.source_step(step),
+                source::Output::Event(_) => {}
+                source::Output::End(outcome) => self.source_end = Some(outcome),
+            }
+        }
+        any
+    }
+
+    fn source_step(&mut self, step: source::Step) {
+        use source::Step;
+        match step {
+            Step::Track => self.source.handle_tracked(self.now, &self.here.untouched()),
+            Step::Harvest => self.source.handle_harvest(self.now, &self.here.harvest().unwrap()),
+            Step::Pause => {
+                self.here.pause().unwrap();
+                self.source.handle_paused(self.now);
+            }
+            Step::Save => self.source.handle_saved(self.now, self.here.save().unwrap()),
+            Step::Audit => {
+                let differing = self.encoder.audit(&self.here).unwrap();
+                self.source.handle_audited(self.now, &differing);
+            }
+            Step::Resume => self.here.resume().unwrap(),
+            Step::Untrack(debt) => self.here.put_back(&debt),
+        }
+    }
+
+    fn ship(&mut self) -> bool {
+        let mut any = false;
+        while let Some(plan) = self.source.take_plan(self.now) {
+            any = true;
+            let encoded = self.encoder.encode(plan, &self.here, true).unwrap();
+            let size = Bytes::of_len(encoded.bytes.len());
+            self.shipped += encoded.counts.total() - encoded.counts.same;
+            self.batches.push_back(encoded.bytes);
+            self.source.handle_encoded(self.now, encoded.id, size, encoded.counts);
+        }
+        any
+    }
+
+    fn deliver(&mut self) -> bool {
+        let mut any = !(self.to_shadow.is_empty() && self.to_source.is_empty() && self.batches.is_empty());
+        for bytes in std::mem::take(&mut self.to_shadow) {
+            self.shadow.handle_message(self.now, Message::decode(&bytes).unwrap());
+        }
+        any |= self.shadow_steps();
+        for bytes in std::mem::take(&mut self.batches) {
+            self.apply(&bytes);
+        }
+        for message in std::mem::take(&mut self.to_source) {
+            self.source.handle_message(self.now, message);
+        }
+        any
+    }
+
+    fn apply(&mut self, bytes: &[u8]) {
+        let batch = Batch::parse(bytes).unwrap();
+        match self.image.as_mut().unwrap().apply(batch, &self.there) {
+            Ok(applied) => self.shadow.handle_applied(self.now, self.now, applied),
+            Err(fault) => self.shadow.handle_failed(fault),
+        }
+    }
+
+    fn shadow_steps(&mut self) -> bool {
+        let mut any = false;
+        while let Some(output) = self.shadow.poll_output() {
+            any = true;
+            match output {
+                shadow::Output::Send(message) if (self.lose)(&message) => {}
+                shadow::Output::Send(message) => self.to_source.push_back(message),
+                shadow::Output::Do(step) => self.shadow_step(step),
+                shadow::Output::Event(_) => {}
+                shadow::Output::End(outcome) => self.shadow_end = Some(outcome),
+            }
+        }
+        any
+    }
+
+    fn shadow_step(&mut self, step: shadow::Step) {
+        use shadow::Step;
+        match step {
+            Step::Build(_, spaces) => {
+                self.image = Some(Image::new(&spaces));
+                self.shadow.handle_built(Ok(self.there.spaces()));
+            }
+            Step::Audit(epoch) => {
+                let differing = self.image.as_ref().unwrap().audit(&self.there).unwrap();
+                self.shadow.handle_audited(self.now, epoch, &differing);
+            }
+            Step::Restore(epoch, records) => {
+                let restored = self.there.restore(&records).map_err(Fault::from);
+                self.shadow.handle_restored(self.now, epoch, restored);
+            }
+            Step::Resume => {
+                let resumed = self
+                    .there
+                    .resume()
+                    .map(|()| Duration::from_micros(7))
+                    .map_err(Fault::from);
+                self.shadow.handle_resumed(resumed);
+            }
+        }
+    }
+
+    fn moved(&self) -> SwitchoverReport {
+        match &self.source_end {
+            Some(source::Outcome::Moved(report)) => **report,
+            other => panic!("the guest did not move: {other:?}"),
+        }
+    }
+}
+
+fn switchover(pair: &mut Pair, options: SwitchoverOptions) {
+    pair.source.switchover(pair.now, options).unwrap();
+    pair.run_for(Duration::from_secs(1));
+}
+
+#[test]
+fn a_guest_moves_to_its_shadow() {
+    let mut pair = Pair::new(200);
+    (0..50).for_each(|page| pair.here.write(page, 1));
+    pair.run_for(Duration::from_secs(1));
+    assert_eq!(
+        (pair.source.phase(), pair.shadow.phase()),
+        (SourcePhase::Following, ShadowPhase::Following)
+    );
+    assert_eq!(pair.here.memory(), pair.there.memory());
+
+    pair.here.write(7, 9);
+    switchover(&mut pair, SwitchoverOptions::default());
+    assert_eq!(
+        (pair.source.phase(), pair.shadow.phase()),
+        (SourcePhase::Done, ShadowPhase::Running)
+    );
+    assert!(!pair.here.runs() && pair.there.runs());
+    assert_eq!(pair.here.memory(), pair.there.memory());
+    assert_eq!(pair.there.inner.lock().unwrap().number, 42);
+    assert_eq!(pair.moved().term, Term(2));
+    assert_eq!(pair.shadow_end, Some(shadow::Outcome::Runs(Term(2))));
+}
+
+#[test]
+fn zeros_and_unchanged_pages_never_travel_and_small_changes_travel_small() {
+    let mut pair = Pair::new(1_000);
+    (0..10).for_each(|page| pair.here.write(page, 1));
+    pair.run_for(Duration::from_secs(1));
+    assert_eq!(pair.shipped, 10, "990 pages are zeros, as at the shadow");
+    for byte in 2..5 {
+        pair.here.write(3, byte);
+        pair.here.write(4, 1); // written, but not changed
+        pair.run_for(Duration::from_millis(200));
+    }
+    let counts = pair.source.status().counts;
+    assert_eq!(
+        (counts.raw, counts.delta),
+        (11, 2),
+        "the second copy is kept, the third and fourth are deltas to it"
+    );
+}
+
+#[test]
+fn what_saving_writes_is_in_the_final_epoch() {
+    let mut pair = Pair::new(50);
+    pair.here.inner.lock().unwrap().writes_while_saving = Some(20);
+    pair.run_for(Duration::from_secs(1));
+    switchover(
+        &mut pair,
+        SwitchoverOptions {
+            audit: true,
+            ..SwitchoverOptions::default()
+        },
+    );
+    assert!(pair.moved().audited);
+    assert_eq!(pair.there.memory()[20 * PAGE_SIZE], 0xdd);
+}
+
+#[test]
+fn a_shadow_that_cannot_load_the_state_says_why_and_the_guest_runs_on() {
+    let mut pair = Pair::new(50);
+    pair.there.inner.lock().unwrap().fail_restore = true;
+    pair.run_for(Duration::from_secs(1));
+    switchover(&mut pair, SwitchoverOptions::default());
+    assert!(pair.here.runs() && !pair.there.runs());
+    assert_eq!(
+        (pair.source.phase(), pair.shadow.phase()),
+        (SourcePhase::Following, ShadowPhase::Following)
+    );
+
+    pair.there.inner.lock().unwrap().fail_restore = false;
+    let before = pair.shipped;
+    pair.here.write(1, 1);
+    switchover(&mut pair, SwitchoverOptions::default());
+    assert!(pair.there.runs());
+    assert!(pair.shipped - before < 5, "the second attempt is incremental");
+}
+
+#[test]
+fn a_shadow_that_cannot_start_hands_the_guest_back() {
+    let mut pair = Pair::new(50);
+    pair.there.inner.lock().unwrap().fail_resume = true;
+    pair.run_for(Duration::from_secs(1));
+    switchover(&mut pair, SwitchoverOptions::default());
+    assert!(pair.here.runs() && !pair.there.runs());
+    let Some(source::Outcome::Stayed { term, text, .. }) = &pair.source_end else {
+        panic!("it should have stayed")
+    };
+    assert_eq!(*term, Term(3), "the shadow's term is void");
+    assert!(text.contains("no vCPUs today"), "{text}");
+}
+
+#[test]
+fn a_lost_go_leaves_nobody_running_until_an_operator_vouches_for_one_side() {
+    let mut pair = Pair::new(50);
+    pair.run_for(Duration::from_secs(1));
+    pair.lose = |message| matches!(message, Message::Go { .. });
+    switchover(&mut pair, SwitchoverOptions::default());
+    pair.source.handle_link_lost("all paths are gone");
+    pair.shadow.handle_link_lost("all paths are gone");
+    pair.run_for(Duration::from_secs(3600));
+    assert_eq!(
+        (pair.source.phase(), pair.shadow.phase()),
+        (SourcePhase::HandedOver, ShadowPhase::Prepared)
+    );
+    assert!(!pair.here.runs() && !pair.there.runs());
+    assert!(pair.source.end("tired of waiting").is_err());
+
+    pair.shadow.vouch().unwrap();
+    pair.settle();
+    assert!(!pair.here.runs() && pair.there.runs());
+}
+
+#[test]
+fn a_lost_confirmation_never_brings_the_source_back_by_itself() {
+    let mut pair = Pair::new(50);
+    pair.run_for(Duration::from_secs(1));
+    pair.lose = |message| matches!(message, Message::Running { .. });
+    switchover(&mut pair, SwitchoverOptions::default());
+    pair.source.handle_link_lost("all paths are gone");
+    pair.run_for(Duration::from_secs(3600));
+    assert_eq!(pair.source.phase(), SourcePhase::HandedOver);
+    assert!(!pair.here.runs() && pair.there.runs());
+}
+
+#[test]
+fn a_shadow_that_is_not_prepared_in_time_is_given_up_and_the_guest_runs_on() {
+    let mut pair = Pair::new(50);
+    pair.run_for(Duration::from_secs(1));
+    pair.lose = |message| matches!(message, Message::Prepared { .. });
+    switchover(
+        &mut pair,
+        SwitchoverOptions {
+            pause_limit: Duration::from_millis(500),
+            ..SwitchoverOptions::default()
+        },
+    );
+    assert_eq!(
+        (pair.source.phase(), pair.shadow.phase()),
+        (SourcePhase::Following, ShadowPhase::Following)
+    );
+    assert!(pair.here.runs());
+}
+
+#[test]
+fn a_closing_batch_that_arrives_after_its_withdrawal_prepares_nothing() {
+    let mut pair = Pair::new(50);
+    pair.run_for(Duration::from_secs(1));
+    pair.source.switchover(pair.now, SwitchoverOptions::default()).unwrap();
+    while pair.source.phase() != SourcePhase::Final || pair.ship() || pair.batches.is_empty() {
+        pair.source_steps();
+        if pair.source.phase() != SourcePhase::Final {
+            pair.ship();
+            pair.deliver();
+            pair.shadow_steps();
+        }
+    }
+    pair.source.cancel_switchover().unwrap();
+    let late = std::mem::take(&mut pair.batches);
+    pair.settle();
+    late.iter().for_each(|bytes| pair.apply(bytes));
+    pair.settle();
+    assert_eq!(pair.shadow.phase(), ShadowPhase::Following);
+    switchover(&mut pair, SwitchoverOptions::default());
+    assert_eq!(pair.moved().epoch.0, 2);
+}
+
+#[test]
+fn a_late_copy_of_an_old_page_is_ignored() {
+    let guest = Toy::new(4);
+    let spaces = guest.spaces();
+    let mut image = Image::new(&spaces);
+    let mut pair = Pair::new(4);
+    let batch_of = |pair: &mut Pair, byte| {
+        pair.here.write(1, byte);
+        pair.run_for(Duration::ZERO);
+        pair.source.handle_harvest(pair.now, &pair.here.harvest().unwrap());
+        let plan = pair.source.take_plan(pair.now).unwrap();
+        pair.encoder.encode(plan, &pair.here, false).unwrap().bytes
+    };
+    pair.settle();
+    let (older, newer) = (batch_of(&mut pair, 1), batch_of(&mut pair, 2));
+    for bytes in [&newer, &older, &newer] {
+        image.apply(Batch::parse(bytes).unwrap(), &guest).unwrap();
+    }
+    assert_eq!(guest.memory()[PAGE_SIZE], 2);
+}
+
+#[test]
+fn a_page_that_does_not_match_its_hash_ends_the_session_and_the_guest_stays() {
+    let mut pair = Pair::new(50);
+    pair.run_for(Duration::from_secs(1));
+    pair.here.write(3, 1);
+    pair.source.handle_harvest(pair.now, &pair.here.harvest().unwrap());
+    let plan = pair.source.take_plan(pair.now).unwrap();
+    let mut bytes = pair.encoder.encode(plan, &pair.here, false).unwrap().bytes;
+    *bytes.last_mut().unwrap() ^= 1;
+    pair.apply(&bytes);
+    pair.settle();
+    assert!(matches!(
+        &pair.shadow_end,
+        Some(shadow::Outcome::Dropped {
+            fault: Some(Fault::PeerMisbehaved(_)),
+            ..
+        })
+    ));
+    let ended = matches!(
+        &pair.source_end,
+        Some(source::Outcome::Stayed {
+            fault: Some(Fault::PeerEnded(_)),
+            ..
+        })
+    );
+    assert!(ended, "{:?}", pair.source_end);
+    assert!(pair.here.runs());
+}
+
+#[test]
+fn a_debt_that_never_shrinks_is_named_when_the_timeout_strikes() {
+    let mut pair = Pair::new(2_000);
+    pair.run_for(Duration::from_secs(1));
+    pair.source.handle_link(LinkFacts {
+        rate: Bandwidth(32 << 10),
+        rtt: Duration::from_millis(1),
+    });
+    let options = SwitchoverOptions {
+        timeout: Duration::from_secs(2),
+        ..SwitchoverOptions::default()
+    };
+    pair.source.switchover(pair.now, options).unwrap();
+    for round in 0..300u32 {
+        (0..1_000).for_each(|page| pair.here.write(page, u8::try_from(round % 250 + 1).unwrap()));
+        pair.run_for(Duration::from_millis(10));
+    }
+    let status = pair.source.status();
+    assert!(pair.here.runs() && !status.switching, "{status:?}");
+}
