@@ -184,7 +184,9 @@ impl Board {
             let StateRecord { kind, version, bytes } = take(&slot.kind())?;
             ready.push(slot.prepare(&SavedState { kind, version, bytes })?);
         }
-        Ok(Box::new(move || ready.into_iter().for_each(|put_in_place| put_in_place())))
+        Ok(Box::new(move || {
+            ready.into_iter().for_each(|put_in_place| put_in_place())
+        }))
     }
 
     /// Somebody types on the console; says how many bytes there was room for.

@@ -134,7 +134,7 @@ impl Shape {
             let (least, most) = (limits::MEMORY_LEAST, limits::MEMORY_MOST);
             return Err(bad("memory", &format!("expected {least} to {most}, got {memory}")));
         }
-        if memory.0 % PAGE_SIZE as u64 != 0 {
+        if !memory.0.is_multiple_of(PAGE_SIZE as u64) {
             return Err(bad(
                 "memory",
                 &format!("expected a multiple of 4 KiB, got {} bytes", memory.0),

@@ -108,7 +108,7 @@ impl Cpuid {
 
     /// Let a vCPU have it.
     pub(crate) fn give_to(&self, vcpu: &VcpuFd) -> Result<(), Error> {
-        let entries: Vec<_> = self.0.iter().map(Leaf::to_kvm).collect();
+        let entries: Vec<_> = self.0.iter().copied().map(Leaf::to_kvm).collect();
         let table = CpuId::from_entries(&entries).expect("limits::CPUID_ENTRIES is what the wrapper takes");
         vcpu.set_cpuid2(&table).map_err(Error::kvm("set CPUID"))
     }
@@ -197,11 +197,11 @@ impl Leaf {
         }
     }
 
-    fn to_kvm(&self) -> kvm_cpuid_entry2 {
+    fn to_kvm(self) -> kvm_cpuid_entry2 {
         let [eax, ebx, ecx, edx] = self.registers;
         let Self {
             function, index, flags, ..
-        } = *self;
+        } = self;
         kvm_cpuid_entry2 {
             function,
             index,

@@ -31,6 +31,18 @@
 //! | `ioctls` | raw calls that kvm-ioctls lacks |
 //! | [`limits`] | every bound |
 //!
+//! ```no_run
+//! use umbra_core::guest::Guest;
+//! use umbra_machine::{Machine, MachineConfig, Sinks};
+//! use umbra_units::Bytes;
+//!
+//! let config = MachineConfig::new("guest.elf", 2, Bytes::mib(256))?.with_cmdline("work=dirty")?;
+//! let machine = Machine::launch(&config, Sinks::discard())?;
+//! machine.resume()?;
+//! println!("the guest {}", machine.wait_exit(None).expect("it waited for the end"));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! # What a host may differ in
 //!
 //! Everything that varies between hosts is asked for: dirty-log features, XSAVE size, readable MSRs, clock flags, CPUID. A

@@ -146,8 +146,8 @@ pub fn probe() -> Result<HostReport, Error> {
     let raw = |cap: u32| u32::try_from(vm.check_extension_raw(cap.into())).unwrap_or(0);
     let manual = raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
     let ring_bytes = raw(KVM_CAP_DIRTY_LOG_RING).max(raw(KVM_CAP_DIRTY_LOG_RING_ACQ_REL));
-    let clock = vm.get_clock().map_err(Error::kvm("read the clock"))?;
     let vcpu = vm.create_vcpu(0).map_err(Error::kvm("create a vCPU"))?;
+    let clock = vm.get_clock().map_err(Error::kvm("read the clock"))?;
     let xsave2 = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
     let adjust_clock = u32::try_from(vm.check_extension_int(Cap::AdjustClock)).unwrap_or(0);
     Ok(HostReport {

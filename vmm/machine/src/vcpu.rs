@@ -33,11 +33,14 @@ use crate::fate::{ExitReason, Fate};
 use crate::gate::{Gate, Kick, Next};
 use crate::ioctls::thread_id;
 use crate::memory::Memory;
+use crate::state::vcpu::Processor;
 
 /// A vCPU and which one it is.
 pub(crate) struct Vcpu {
     pub(crate) index: u8,
     pub(crate) fd: VcpuFd,
+    /// Always what KVM would say of `fd`.
+    pub(crate) processor: Processor,
     /// Tell the guest at its next entry that it was stopped, so that its watchdogs do not mistake the pause for a hang.
     pub(crate) tell_of_pause: bool,
 }

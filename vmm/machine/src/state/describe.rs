@@ -14,6 +14,7 @@ use crate::config::{Shape, Sharing};
 use crate::cpuid::Cpuid;
 use crate::error::Error;
 use crate::limits;
+use crate::state::vcpu::Processor;
 
 /// The record's kind, also in a guest's saved state, where it guards against restoring into another machine.
 pub(crate) const KIND: &str = "machine";
@@ -26,8 +27,8 @@ const RUNS: usize = 2;
 pub(crate) struct Description {
     pub(crate) shape: Shape,
     pub(crate) devices: Vec<String>,
-    pub(crate) tsc_khz: u32,
-    pub(crate) cpuid: Cpuid,
+    /// What vCPU 0 is; the others differ in their numbers only.
+    pub(crate) processor: Processor,
 }
 
 impl Description {
@@ -45,8 +46,8 @@ impl Description {
         for device in &self.devices {
             w.text(device, limits::DEVICE_KIND_BYTES);
         }
-        w.u32(self.tsc_khz);
-        self.cpuid.encode(&mut w);
+        w.u32(self.processor.tsc_khz);
+        self.processor.cpuid.encode(&mut w);
         StateRecord {
             kind: KIND.to_owned(),
             version: VERSION,
@@ -78,8 +79,7 @@ impl Description {
         Ok(Self {
             shape,
             devices: raw.devices,
-            tsc_khz: raw.tsc_khz,
-            cpuid: raw.cpuid,
+            processor: raw.processor,
         })
     }
 }
@@ -90,8 +90,7 @@ struct Raw {
     cpus: u8,
     runs: Vec<(Pfn, PageCount)>,
     devices: Vec<String>,
-    tsc_khz: u32,
-    cpuid: Cpuid,
+    processor: Processor,
 }
 
 impl Raw {
@@ -110,8 +109,10 @@ impl Raw {
         let devices = (0..r.len_within(limits::DEVICES, "devices")?)
             .map(|_| r.text_within(limits::DEVICE_KIND_BYTES, "device").map(str::to_owned))
             .collect::<Result<_, _>>()?;
-        let tsc_khz = r.u32("TSC frequency")?;
-        let cpuid = Cpuid::decode(&mut r)?;
+        let processor = Processor {
+            tsc_khz: r.u32("TSC frequency")?,
+            cpuid: Cpuid::decode(&mut r)?,
+        };
         r.finish("end of description")?;
         Ok(Self {
             memory,
@@ -119,8 +120,7 @@ impl Raw {
             cpus,
             runs,
             devices,
-            tsc_khz,
-            cpuid,
+            processor,
         })
     }
 }
@@ -139,8 +139,10 @@ mod tests {
         Description {
             shape: Shape::new(2, Bytes::mib(4096), Sharing::Private).unwrap(),
             devices,
-            tsc_khz: 9,
-            cpuid: empty,
+            processor: Processor {
+                tsc_khz: 9,
+                cpuid: empty,
+            },
         }
     }
 

@@ -13,6 +13,8 @@
 //! The CPUID table is the one KVM reports, not the one it was given: KVM keeps some bits of it up to date, and on some
 //! hosts adds features of its own.
 
+use std::ops::RangeInclusive;
+
 use kvm_bindings::{
     Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
     kvm_xcrs,
@@ -25,46 +27,22 @@ use super::uapi::{bytes_of, read};
 use crate::cpuid::Cpuid;
 use crate::error::Error;
 use crate::limits;
+use crate::vcpu::Vcpu;
 
 pub(crate) const VERSION: u32 = 1;
 
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
 
 /// MSRs that carry state but are missing from some kernels' `KVM_GET_MSR_INDEX_LIST` (SDM volume 4, AMD APM volume 2).
-const BESIDE_THE_LIST: [u32; 33] = [
-    0xc000_0080, // EFER
-    0xc000_0100, // FS.base
-    0xc000_0101, // GS.base
-    0xc000_0102, // kernel GS.base
-    0xc000_0103, // TSC_AUX
-    0x277,       // PAT
-    0x2ff,       // MTRR default type
-    0x250,
-    0x258,
-    0x259,
-    0x268,
-    0x269,
-    0x26a,
-    0x26b,
-    0x26c,
-    0x26d, // MTRRs of the first MiB
-    0x26e,
-    0x26f, // and the last two of them
-    0x200,
-    0x201,
-    0x202,
-    0x203,
-    0x204,
-    0x205,
-    0x206,
-    0x207,
-    0x208,
-    0x209,
-    0x20a,
-    0x20b,
-    0x20c,
-    0x20d, // variable MTRRs
-    0x20e,
+const BESIDE_THE_LIST: [RangeInclusive<u32>; 8] = [
+    0xc000_0080..=0xc000_0080, // EFER
+    0xc000_0100..=0xc000_0103, // FS.base, GS.base, kernel GS.base, TSC_AUX
+    0x277..=0x277,             // PAT
+    0x2ff..=0x2ff,             // MTRRs: default type
+    0x250..=0x250,             // the first 512 KiB
+    0x258..=0x259,             // the next 256 KiB
+    0x268..=0x26f,             // up to 1 MiB
+    0x200..=0x20f,             // ranges
 ];
 
 /// What saving and restoring needs to know of the host, found out once.
@@ -100,7 +78,12 @@ impl Host {
 
 fn readable_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<u32>, Error> {
     let list = kvm.get_msr_index_list().map_err(Error::kvm("list the MSRs"))?;
-    let mut wanted: Vec<u32> = list.as_slice().iter().chain(&BESIDE_THE_LIST).copied().collect();
+    let mut wanted: Vec<u32> = list
+        .as_slice()
+        .iter()
+        .copied()
+        .chain(BESIDE_THE_LIST.into_iter().flatten())
+        .collect();
     wanted.sort_unstable();
     wanted.dedup();
     // Last, because it is refused before the LAPIC is in TSC-deadline mode and the TSC is set.
@@ -135,8 +118,8 @@ fn read_msrs(vcpu: &VcpuFd, which: &[u32]) -> Result<Vec<kvm_msr_entry>, Error> 
 /// A vCPU's state, decoded.
 #[derive(Debug)]
 pub(crate) struct VcpuState {
-    pub(crate) tsc_khz: u32,
-    pub(crate) cpuid: Cpuid,
+    tsc_khz: u32,
+    cpuid: Cpuid,
     mp_state: kvm_mp_state,
     regs: kvm_regs,
     sregs: kvm_sregs,
@@ -155,7 +138,9 @@ pub(crate) fn kind(index: u8) -> String {
 
 impl VcpuState {
     /// Read it all from a stopped vCPU. See [`super`] on the order.
-    pub(crate) fn of(vcpu: &VcpuFd, host: &Host) -> Result<Self, Error> {
+    pub(crate) fn of(vcpu: &Vcpu, host: &Host) -> Result<Self, Error> {
+        let Processor { tsc_khz, cpuid } = vcpu.processor.clone();
+        let vcpu = &vcpu.fd;
         let mp_state = vcpu.get_mp_state().map_err(Error::kvm("read a vCPU's run state"))?;
         let regs = vcpu.get_regs().map_err(Error::kvm("read registers"))?;
         let sregs = vcpu.get_sregs().map_err(Error::kvm("read special registers"))?;
@@ -164,8 +149,6 @@ impl VcpuState {
         let debugregs = vcpu.get_debug_regs().map_err(Error::kvm("read debug registers"))?;
         let lapic = vcpu.get_lapic().map_err(Error::kvm("read a LAPIC"))?;
         let msrs = save_msrs(vcpu, &host.msrs)?;
-        let tsc_khz = vcpu.get_tsc_khz().map_err(Error::kvm("read the TSC frequency"))?;
-        let cpuid = Cpuid::of_vcpu(vcpu)?;
         let events = vcpu.get_vcpu_events().map_err(Error::kvm("read pending events"))?;
         Ok(Self {
             tsc_khz,
@@ -183,10 +166,15 @@ impl VcpuState {
     }
 
     /// Write it all to a stopped vCPU. See [`super`] on the order.
-    pub(crate) fn apply(&self, vcpu: &VcpuFd, host: &Host) -> Result<(), Error> {
-        if !self.cpuid.same_for_the_guest(&Cpuid::of_vcpu(vcpu)?) {
-            self.cpuid.give_to(vcpu)?;
-        }
+    pub(crate) fn apply(&self, vcpu: &mut Vcpu, host: &Host) -> Result<(), Error> {
+        vcpu.processor.become_like(
+            &Processor {
+                tsc_khz: self.tsc_khz,
+                cpuid: self.cpuid.clone(),
+            },
+            &vcpu.fd,
+        )?;
+        let vcpu = &vcpu.fd;
         vcpu.set_mp_state(self.mp_state)
             .map_err(Error::kvm("restore a vCPU's run state"))?;
         vcpu.set_regs(&self.regs).map_err(Error::kvm("restore registers"))?;
@@ -373,10 +361,45 @@ fn save_msrs(vcpu: &VcpuFd, which: &[u32]) -> Result<Vec<kvm_msr_entry>, Error> 
     Ok(saved)
 }
 
-/// Give a vCPU its TSC frequency, if it does not have it already.
-pub(crate) fn set_tsc_khz(vcpu: &VcpuFd, wanted: u32) -> Result<(), Error> {
-    let here = vcpu.get_tsc_khz().map_err(Error::kvm("read the TSC frequency"))?;
-    if wanted == here || wanted == 0 || vcpu.set_tsc_khz(wanted).is_ok() {
+/// What a vCPU is, as opposed to what it is doing: set before it first runs, then the same for its life.
+///
+/// Kept here because asking KVM again would cost two calls per vCPU of every pause.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Processor {
+    pub(crate) tsc_khz: u32,
+    /// As KVM gave it back when it was set.
+    pub(crate) cpuid: Cpuid,
+}
+
+impl Processor {
+    /// What `vcpu` is.
+    pub(crate) fn of(vcpu: &VcpuFd) -> Result<Self, Error> {
+        let tsc_khz = vcpu.get_tsc_khz().map_err(Error::kvm("read the TSC frequency"))?;
+        Ok(Self {
+            tsc_khz,
+            cpuid: Cpuid::of_vcpu(vcpu)?,
+        })
+    }
+
+    /// Make `vcpu`, which is this, the processor that is wanted.
+    pub(crate) fn become_like(&mut self, wanted: &Self, vcpu: &VcpuFd) -> Result<(), Error> {
+        if *wanted == *self {
+            return Ok(());
+        }
+        if wanted.tsc_khz != self.tsc_khz {
+            set_tsc_khz(vcpu, wanted.tsc_khz, self.tsc_khz)?;
+        }
+        if !wanted.cpuid.same_for_the_guest(&self.cpuid) {
+            wanted.cpuid.give_to(vcpu)?;
+        }
+        *self = Self::of(vcpu)?;
+        Ok(())
+    }
+}
+
+/// Give a vCPU another TSC frequency than it has.
+fn set_tsc_khz(vcpu: &VcpuFd, wanted: u32, here: u32) -> Result<(), Error> {
+    if vcpu.set_tsc_khz(wanted).is_ok() {
         return Ok(());
     }
     // KVM itself takes frequencies this close for the same (its parameter tsc_tolerance_ppm): two hosts of one model

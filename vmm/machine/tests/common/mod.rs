@@ -1,0 +1,211 @@
+//! What the machine's tests share: consoles to listen at, kernels to boot, guests to move.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that panics has failed, which is what it is for"
+)]
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use umbra_core::guest::{Guest, PageBytes, Space, StateRecord};
+use umbra_machine::{Machine, MachineConfig, Out, Sinks};
+use umbra_units::{Bytes, PAGE_SIZE, PageCount, PageId, Pfn, SpaceId};
+
+/// Long enough for anything here on a busy machine; nothing waits for it when all is well.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Whether KVM tests can run. They fail without KVM, unless somebody says that this is known.
+pub(crate) fn kvm_is_here() -> bool {
+    match umbra_machine::probe() {
+        Ok(_) => true,
+        Err(why) if std::env::var_os("UMBRA_SKIP_KVM").is_some_and(|value| value == "1") => {
+            eprintln!("SKIPPED: {why}");
+            false
+        }
+        Err(why) => panic!("this test needs KVM (set UMBRA_SKIP_KVM=1 to skip it): {why}"),
+    }
+}
+
+/// Leaves the test when there is no KVM and that is known.
+#[macro_export]
+macro_rules! needs_kvm {
+    () => {
+        if !$crate::common::kvm_is_here() {
+            return;
+        }
+    };
+}
+
+/// The tiny kernel.
+pub(crate) fn kernel() -> PathBuf {
+    let path = std::env::var_os("UMBRA_GUEST").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../resources/guest/target/release/umbra-guest"),
+        PathBuf::from,
+    );
+    assert!(
+        path.exists(),
+        "{} is missing: cargo build --release --manifest-path resources/guest/Cargo.toml, or set UMBRA_GUEST",
+        path.display()
+    );
+    path
+}
+
+/// A console that somebody listens to.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Console(Arc<(Mutex<Vec<u8>>, Condvar)>);
+
+impl Out for Console {
+    fn put(&self, bytes: &[u8]) {
+        self.0.0.lock().unwrap().extend_from_slice(bytes);
+        self.0.1.notify_all();
+    }
+}
+
+impl Console {
+    pub(crate) fn sinks(&self) -> Sinks {
+        Sinks::new(self.clone())
+    }
+
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.0.lock().unwrap()).into_owned()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.0.lock().unwrap().len()
+    }
+
+    /// Wait until `enough` of what was heard.
+    pub(crate) fn wait(&self, what: &str, enough: impl Fn(&[u8]) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        let mut heard = self.0.0.lock().unwrap();
+        while !enough(&heard) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(
+                !left.is_zero(),
+                "waited in vain for {what}; heard:\n{}",
+                String::from_utf8_lossy(&heard)
+            );
+            heard = self.0.1.wait_timeout(heard, left).unwrap().0;
+        }
+    }
+
+    pub(crate) fn wait_for(&self, text: &str) {
+        self.wait(text, |heard| {
+            heard.windows(text.len()).any(|window| window == text.as_bytes())
+        });
+    }
+
+    /// Wait for `n` more bytes than now.
+    pub(crate) fn wait_more(&self, n: usize) {
+        let now = self.len();
+        self.wait("more output", |heard| heard.len() >= now + n);
+    }
+}
+
+/// A machine running the tiny kernel.
+pub(crate) fn launch(cpus: u8, memory: Bytes, cmdline: &str, console: &Console) -> Arc<Machine> {
+    let config = MachineConfig::new(kernel(), cpus, memory)
+        .unwrap()
+        .with_cmdline(cmdline)
+        .unwrap();
+    Machine::launch(&config, console.sinks()).unwrap()
+}
+
+/// All pages of RAM that exist.
+pub(crate) fn all_pages(space: &Space) -> Vec<Pfn> {
+    space
+        .present
+        .iter()
+        .flat_map(|(first, count)| (0..count.0).map(|n| *first + PageCount(n)))
+        .collect()
+}
+
+/// All of RAM.
+pub(crate) fn image(guest: &dyn Guest) -> Vec<u8> {
+    let mut out = Vec::new();
+    guest
+        .read_pages(SpaceId::RAM, &all_pages(&guest.spaces()[0]), &mut out)
+        .unwrap();
+    out
+}
+
+/// Build the twin of `source`, which is paused, and give it memory and state.
+pub(crate) fn move_to_twin(source: &dyn Guest, console: &Console) -> Arc<Machine> {
+    let console = console.clone();
+    let twin = Machine::builder(move || console.sinks())
+        .build_machine(&source.describe())
+        .unwrap();
+    let records = source.save().unwrap();
+    copy_memory(source, &*twin);
+    twin.restore(&records).unwrap();
+    twin
+}
+
+pub(crate) fn copy_memory(source: &dyn Guest, twin: &dyn Guest) {
+    let pages = all_pages(&source.spaces()[0]);
+    let bytes = image(source);
+    for (page, bytes) in pages.iter().zip(bytes.as_chunks::<PAGE_SIZE>().0) {
+        twin.apply_page(PageId::ram(*page), bytes).unwrap();
+    }
+}
+
+pub(crate) fn record<'a>(records: &'a mut [StateRecord], kind: &str) -> &'a mut StateRecord {
+    records.iter_mut().find(|record| record.kind == kind).unwrap()
+}
+
+/// Guests of a few instructions, for what the tiny kernel never does: 32-bit code at 1 MiB, in an ELF file.
+pub(crate) struct Snippet(PathBuf);
+
+impl Snippet {
+    pub(crate) fn new(name: &str, code: &[u8]) -> Self {
+        let directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        std::fs::create_dir_all(directory).unwrap();
+        let path = directory.join(format!("{name}.elf"));
+        std::fs::write(&path, elf(code)).unwrap();
+        Self(path)
+    }
+
+    pub(crate) fn launch(&self, sinks: Sinks) -> Arc<Machine> {
+        let config = MachineConfig::new(&self.0, 1, Bytes::mib(8)).unwrap();
+        Machine::launch(&config, sinks).unwrap()
+    }
+}
+
+const BASE: u64 = 0x10_0000;
+
+/// An ELF file with one segment at 1 MiB, entered there by PVH.
+fn elf(code: &[u8]) -> Vec<u8> {
+    const HEADERS: u64 = 64 + 2 * 56;
+    let mut note = Vec::new();
+    for word in [4_u32, 4, 18] {
+        note.extend(word.to_le_bytes());
+    }
+    note.extend(b"Xen\0");
+    note.extend(u32::try_from(BASE).unwrap().to_le_bytes());
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    file.extend([2_u16, 0x3e].iter().flat_map(|half| half.to_le_bytes()));
+    file.extend(1_u32.to_le_bytes());
+    file.extend([BASE, 64, 0].iter().flat_map(|long| long.to_le_bytes()));
+    file.extend(0_u32.to_le_bytes());
+    file.extend([64_u16, 56, 2, 64, 0, 0].iter().flat_map(|half| half.to_le_bytes()));
+    let code_at = HEADERS + note.len() as u64;
+    for (kind, at, len) in [(4_u32, HEADERS, note.len() as u64), (1, code_at, code.len() as u64)] {
+        file.extend(kind.to_le_bytes());
+        file.extend(7_u32.to_le_bytes());
+        let address = if kind == 1 { BASE } else { 0 };
+        file.extend(
+            [at, address, address, len, len, 4]
+                .iter()
+                .flat_map(|long| long.to_le_bytes()),
+        );
+    }
+    file.extend(note);
+    file.extend(code);
+    file
+}
+
+pub(crate) fn page_of(bytes: &[u8], n: usize) -> &PageBytes {
+    &bytes.as_chunks::<PAGE_SIZE>().0[n]
+}

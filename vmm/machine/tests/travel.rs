@@ -1,0 +1,321 @@
+//! Moving: what is saved on one machine goes on in another, and what does not fit is refused by name.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test that panics has failed, which is what it is for"
+)]
+
+mod common;
+
+use common::{Console, launch, move_to_twin, record};
+use umbra_core::guest::{Guest, GuestBuilder, GuestError, StateRecord};
+use umbra_machine::{Machine, Sinks};
+use umbra_units::Bytes;
+
+#[test]
+fn a_guest_moves_a_hundred_times_and_never_notices() {
+    needs_kvm!();
+    let console = Console::default();
+    let mut machine = launch(
+        2,
+        Bytes::mib(16),
+        "cpus=2 work=dirty wss=4M rate=0 simd=on content=mixed",
+        &console,
+    );
+    machine.resume().unwrap();
+    console.wait_for("ready");
+    for round in 0..100 {
+        // Runs until it has been heard a few times more, so every move meets it somewhere else.
+        console.wait_more(1 + round % 7);
+        machine.pause().unwrap();
+        assert_eq!(machine.exit_reason(), None, "round {round}: {}", console.text());
+        let twin = move_to_twin(&*machine, &console);
+        machine = twin;
+        machine.resume().unwrap();
+    }
+    console.wait_more(100);
+    assert_eq!(machine.exit_reason(), None, "{}", console.text());
+    assert!(!console.text().contains("CORRUPT"), "{}", console.text());
+    every_beat_was_heard_once(&console.text());
+}
+
+/// Beats are digits counting up; lines of text come in between.
+fn every_beat_was_heard_once(heard: &str) {
+    let beats: Vec<u8> = heard
+        .lines()
+        .filter(|line| line.bytes().all(|byte| byte.is_ascii_digit()))
+        .flat_map(str::bytes)
+        .map(|byte| byte - b'0')
+        .collect();
+    for (n, pair) in beats.windows(2).enumerate() {
+        assert_eq!(pair[1], (pair[0] + 1) % 10, "beat {n} was lost or came twice: {heard}");
+    }
+}
+
+#[test]
+fn guests_of_one_and_of_eight_vcpus_move() {
+    needs_kvm!();
+    for cpus in [1, 8] {
+        let console = Console::default();
+        let cmdline = format!("cpus={cpus} work=dirty wss=1M rate=10M");
+        let mut machine = launch(cpus, Bytes::mib(16), &cmdline, &console);
+        machine.resume().unwrap();
+        console.wait_for("ready");
+        for _ in 0..5 {
+            console.wait_more(20);
+            machine.pause().unwrap();
+            machine = move_to_twin(&*machine, &console);
+            machine.resume().unwrap();
+        }
+        console.wait_more(20);
+        assert_eq!(machine.exit_reason(), None, "{}", console.text());
+    }
+}
+
+#[test]
+fn a_guest_that_was_saved_in_vain_goes_on_here() {
+    needs_kvm!();
+    let console = Console::default();
+    let machine = launch(2, Bytes::mib(16), "cpus=2 work=dirty wss=1M rate=0", &console);
+    for _ in 0..50 {
+        machine.resume().unwrap();
+        console.wait_more(3);
+        machine.pause().unwrap();
+        machine.save().unwrap();
+    }
+    machine.resume().unwrap();
+    console.wait_more(50);
+    assert_eq!(machine.exit_reason(), None, "{}", console.text());
+}
+
+/// Fields that go on by themselves while a guest is paused, as `state/mod.rs` lists them, blanked out.
+fn without_time(mut records: Vec<StateRecord>) -> Vec<StateRecord> {
+    // kvm_clock_data: clock at 0, realtime at 16, host_tsc at 24.
+    let clock = &mut record(&mut records, "clock").bytes;
+    for at in [0, 16, 24] {
+        clock[at..at + 8].fill(0);
+    }
+    // kvm_pit_channel_state: 24 bytes, count_load_time in the last eight.
+    let pit = &mut record(&mut records, "pit/0").bytes;
+    for channel in 0..3 {
+        pit[channel * 24 + 16..channel * 24 + 24].fill(0);
+    }
+    for vcpu in records.iter_mut().filter(|record| record.kind.starts_with("vcpu/")) {
+        blank_time_of(&mut vcpu.bytes);
+    }
+    records
+}
+
+/// The LAPIC's current count, and the MSRs IA32_TSC and IA32_TSC_DEADLINE.
+fn blank_time_of(vcpu: &mut [u8]) {
+    let word = |bytes: &[u8], at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+    let mut at = 4;
+    at += 4 + 28 * word(vcpu, at);
+    for field in [
+        "mp_state",
+        "regs",
+        "sregs",
+        "xcrs",
+        "debugregs",
+        "lapic",
+        "events",
+        "xsave",
+    ] {
+        let (start, len) = (at + 4, word(vcpu, at));
+        if field == "lapic" {
+            vcpu[start + 0x390..start + 0x394].fill(0);
+        }
+        at = start + len;
+    }
+    let count = word(vcpu, at);
+    at += 4;
+    for msr in 0..count {
+        let entry = at + msr * 12;
+        if [0x10, 0x6e0].contains(&word(vcpu, entry)) {
+            vcpu[entry + 4..entry + 12].fill(0);
+        }
+    }
+}
+
+#[test]
+fn a_record_restored_and_saved_again_is_the_same_but_for_time() {
+    needs_kvm!();
+    let console = Console::default();
+    let machine = launch(2, Bytes::mib(16), "cpus=2 work=compute simd=on", &console);
+    machine.resume().unwrap();
+    console.wait_for("ready");
+    machine.pause().unwrap();
+    let records = machine.save().unwrap();
+    let twin = Machine::builder(Sinks::discard)
+        .build_machine(&machine.describe())
+        .unwrap();
+    twin.restore(&records).unwrap();
+    let again = twin.save().unwrap();
+    for (here, there) in without_time(records).iter().zip(&without_time(again)) {
+        assert_eq!((&here.kind, here.version), (&there.kind, there.version));
+        let differs: Vec<usize> = (0..here.bytes.len().max(there.bytes.len()))
+            .filter(|n| here.bytes.get(*n) != there.bytes.get(*n))
+            .collect();
+        assert!(differs.is_empty(), "{} differs at {differs:?}", here.kind);
+    }
+}
+
+/// A paused guest's records, and a blank twin.
+fn paused_and_twin() -> (Vec<StateRecord>, std::sync::Arc<Machine>) {
+    let console = Console::default();
+    let machine = launch(1, Bytes::mib(8), "", &console);
+    machine.resume().unwrap();
+    console.wait_for("ready");
+    machine.pause().unwrap();
+    let twin = Machine::builder(Sinks::discard)
+        .build_machine(&machine.describe())
+        .unwrap();
+    (machine.save().unwrap(), twin)
+}
+
+#[test]
+fn records_missing_unknown_cut_or_of_another_version_are_refused_by_name() {
+    needs_kvm!();
+    let (records, twin) = paused_and_twin();
+    let kinds: Vec<String> = records.iter().map(|record| record.kind.clone()).collect();
+    for kind in &kinds {
+        let missing: Vec<_> = records.iter().filter(|record| record.kind != *kind).cloned().collect();
+        assert_eq!(
+            twin.restore(&missing),
+            Err(GuestError::Malformed(format!("{kind}: the state has no such record")))
+        );
+        let mut newer = records.clone();
+        record(&mut newer, kind).version += 1;
+        let error = twin.restore(&newer).unwrap_err();
+        assert!(
+            matches!(&error, GuestError::Incompatible(text) if text.contains(kind)),
+            "{error}"
+        );
+        let mut cut = records.clone();
+        let bytes = &mut record(&mut cut, kind).bytes;
+        bytes.truncate(bytes.len() / 2);
+        let error = twin.restore(&cut).unwrap_err();
+        assert!(
+            matches!(&error, GuestError::Malformed(text) if text.contains(kind)),
+            "{error}"
+        );
+        let mut long = records.clone();
+        record(&mut long, kind).bytes.push(0);
+        let error = twin.restore(&long).unwrap_err();
+        assert!(
+            matches!(&error, GuestError::Malformed(text) if text.contains(kind)),
+            "{error}"
+        );
+    }
+    let mut unknown = records.clone();
+    unknown.push(StateRecord {
+        kind: "net/0".to_owned(),
+        version: 1,
+        bytes: Vec::new(),
+    });
+    let text = "net/0: this machine has nothing of that kind".to_owned();
+    assert_eq!(twin.restore(&unknown), Err(GuestError::Incompatible(text)));
+    let mut twice = records.clone();
+    twice.push(records[0].clone());
+    let text = "machine: this machine has nothing of that kind".to_owned();
+    assert_eq!(twin.restore(&twice), Err(GuestError::Incompatible(text)));
+    // After all these, the right ones still fit.
+    twin.restore(&records).unwrap();
+}
+
+#[test]
+fn a_vcpu_record_cut_at_any_byte_is_refused() {
+    needs_kvm!();
+    let (records, twin) = paused_and_twin();
+    let whole = records
+        .iter()
+        .find(|record| record.kind == "vcpu/0")
+        .unwrap()
+        .bytes
+        .len();
+    for len in (0..whole).step_by(97).chain(whole - 3..whole) {
+        let mut cut = records.clone();
+        record(&mut cut, "vcpu/0").bytes.truncate(len);
+        assert!(
+            matches!(twin.restore(&cut), Err(GuestError::Malformed(_))),
+            "{len} bytes"
+        );
+    }
+}
+
+#[test]
+fn a_machine_without_state_refuses_to_run_or_to_be_saved() {
+    needs_kvm!();
+    let (records, twin) = paused_and_twin();
+    let text = "cannot run: this machine has no state yet; restore one first";
+    assert_eq!(twin.resume(), Err(GuestError::WrongState(text)));
+    assert_eq!(
+        twin.save(),
+        Err(GuestError::WrongState("cannot save: this machine has no state yet"))
+    );
+    twin.restore(&records).unwrap();
+    twin.save().unwrap();
+}
+
+#[test]
+fn a_running_guest_refuses_what_needs_it_paused() {
+    needs_kvm!();
+    let console = Console::default();
+    let machine = launch(1, Bytes::mib(8), "", &console);
+    machine.resume().unwrap();
+    assert!(matches!(machine.save(), Err(GuestError::WrongState(_))));
+    assert!(matches!(machine.restore(&[]), Err(GuestError::WrongState(_))));
+    let page = umbra_units::PageId::ram(umbra_units::Pfn(0));
+    let mut bytes = [0; umbra_units::PAGE_SIZE];
+    assert!(matches!(
+        machine.read_page(page, &mut bytes),
+        Err(GuestError::WrongState(_))
+    ));
+    assert!(matches!(
+        machine.apply_page(page, &bytes),
+        Err(GuestError::WrongState(_))
+    ));
+}
+
+#[test]
+fn a_twin_this_host_cannot_be_is_refused_when_it_is_built_by_the_name_of_what_lacks() {
+    needs_kvm!();
+    let machine = launch(1, Bytes::mib(8), "", &Console::default());
+    let good = machine.describe();
+    let build = |description: &StateRecord| {
+        let builder = Machine::builder(Sinks::discard).with_memory_most(Bytes::mib(8));
+        GuestBuilder::build(&builder, description)
+            .err()
+            .map(|error| error.to_string())
+    };
+    assert_eq!(build(&good), None);
+    let big = launch(1, Bytes::mib(16), "", &Console::default()).describe();
+    assert_eq!(
+        build(&big).unwrap(),
+        "machine: memory: 16.0 MiB asked for, at most 8.0 MiB allowed here"
+    );
+
+    // Description: memory 8, sharing 1, cpus 1, runs 4 + 16, devices 4, then "serial/0" behind its length.
+    let mut strange = good.clone();
+    strange.bytes[8 + 1 + 1 + 20 + 4 + 4] = b'S';
+    assert_eq!(build(&strange).unwrap(), "Serial/0: this machine has no such device");
+
+    // The CPUID table is last: find leaf 7, give it every feature there could ever be.
+    let mut wizard = good.clone();
+    let leaf7 = [7_u32, 0].map(u32::to_le_bytes).concat();
+    let at = wizard.bytes.windows(8).rposition(|window| window == leaf7).unwrap();
+    wizard.bytes[at + 12 + 4..at + 12 + 8].fill(0xff);
+    let text = build(&wizard).unwrap();
+    assert!(text.starts_with("cpu: this host lacks "), "{text}");
+    assert!(matches!(build(&StateRecord { bytes: vec![0; 5], ..good }), Some(text) if text.starts_with("machine: ")));
+}
+
+#[test]
+fn state_of_a_larger_machine_does_not_fit_a_smaller_one() {
+    needs_kvm!();
+    let (_, small) = paused_and_twin();
+    let console = Console::default();
+    let large = launch(2, Bytes::mib(16), "cpus=2", &console);
+    let error = small.restore(&large.save().unwrap()).unwrap_err();
+    let text = "machine: the state is of 2 vCPUs and 16.0 MiB, this machine has 1 and 8.0 MiB";
+    assert_eq!(error, GuestError::Incompatible(text.to_owned()));
+}
