@@ -14,6 +14,9 @@ use core::fmt;
 use core::time::Duration;
 use umbra_units::{Bandwidth, Bytes, Now, Ratio, Rng};
 
+/// What a UDP datagram carries over IPv4 on Ethernet.
+const ETHERNET_PAYLOAD: usize = 1_500 - 20 - 8;
+
 /// The state of one direction of a path. [`Weather::clear`] is a perfect one.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Weather {
@@ -31,7 +34,7 @@ pub struct Weather {
     pub reorder: Reorder,
     /// How many arrive with one bit flipped.
     pub corrupt: Ratio,
-    /// Largest packet that passes; larger ones vanish without a word, as in a black hole.
+    /// Largest packet (for the relay: UDP payload) that passes; larger ones vanish without a word, as in a black hole.
     pub mtu: Option<usize>,
     /// What may wait for the bottleneck; a packet that finds more than that waiting is dropped. Without a rate nothing waits.
     pub queue: Bytes,
@@ -59,14 +62,16 @@ impl Weather {
         }
     }
 
-    /// A link of this rate and one-way delay that loses nothing of itself, with a queue of 50 ms at that rate (and no
-    /// less than 64 KiB): about what home and office routers hold.
+    /// A link of this rate and one-way delay that loses nothing of itself, with what home and office routers have: a
+    /// queue of 50 ms at that rate (and no less than 64 KiB), and room for 1,500-byte IPv4 packets. Without that last
+    /// bound an end that discovers the path's MTU would find loopback's, and two of its packets would fill the queue.
     pub fn link(rate: Bandwidth, delay: Duration) -> Self {
         let queue = Bytes((rate.0 / 20).max(Bytes::kib(64).0));
         Self {
             rate: Some(rate),
             delay,
             queue,
+            mtu: Some(ETHERNET_PAYLOAD),
             ..Self::clear()
         }
     }
