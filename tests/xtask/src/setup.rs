@@ -36,12 +36,6 @@ const TOOLS: &[Tool] = &[
         packages: &["binutils"],
         why: "lays out the guest kernel",
     },
-    Tool {
-        program: "ip",
-        probe: &["-V"],
-        packages: &["iproute2"],
-        why: "the end-to-end tests put nodes into network namespaces",
-    },
 ];
 
 /// What this machine can do beyond building.
