@@ -14,7 +14,9 @@ impl Clock {
     /// A clock that begins now.
     #[expect(clippy::new_without_default, reason = "a default should not read the time")]
     pub fn new() -> Self {
-        Self { beginning: Instant::now() }
+        Self {
+            beginning: Instant::now(),
+        }
     }
 
     /// This moment.

@@ -53,7 +53,11 @@ impl Mouth {
                 }
             }
         });
-        Self { queue, speaking, sender }
+        Self {
+            queue,
+            speaking,
+            sender,
+        }
     }
 
     pub(crate) fn say(&self, message: &Message) {

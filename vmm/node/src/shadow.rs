@@ -42,7 +42,10 @@ pub struct TakenOver {
 
 impl std::fmt::Debug for TakenOver {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("TakenOver").field("id", &self.id).field("term", &self.term).finish_non_exhaustive()
+        f.debug_struct("TakenOver")
+            .field("id", &self.id)
+            .field("term", &self.term)
+            .finish_non_exhaustive()
     }
 }
 
@@ -112,7 +115,9 @@ pub struct ShadowNode {
 
 impl std::fmt::Debug for ShadowNode {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ShadowNode").field("config", &self.config).finish_non_exhaustive()
+        f.debug_struct("ShadowNode")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
     }
 }
 
@@ -129,8 +134,21 @@ impl ShadowNode {
     pub fn new(listener: Listener, builder: Arc<dyn GuestBuilder>, config: ShadowConfig) -> (Self, ShadowHandle) {
         let (commands_in, commands) = mpsc::channel(16);
         let (events, _) = broadcast::channel(EVENTS_KEPT);
-        let handle = ShadowHandle { commands: commands_in, events: events.clone() };
-        (Self { listener, builder, config, commands, events, last_error: None }, handle)
+        let handle = ShadowHandle {
+            commands: commands_in,
+            events: events.clone(),
+        };
+        (
+            Self {
+                listener,
+                builder,
+                config,
+                commands,
+                events,
+                last_error: None,
+            },
+            handle,
+        )
     }
 
     /// Serve sources until a guest runs here.
@@ -240,7 +258,9 @@ fn start_twin_hand(
 ) -> Result<Hand<Work>, StartError> {
     let mut twin: Option<Twin> = None;
     Hand::start("umbra-twin", clock, answers, move |work| {
-        let Some(twin) = &mut twin else { return begin(&*builder, work, &mut twin) };
+        let Some(twin) = &mut twin else {
+            return begin(&*builder, work, &mut twin);
+        };
         Some(match work {
             Work::Apply(arrived, bytes) => match twin.apply(&bytes) {
                 Ok(applied) => Answer::Applied(arrived, applied),
@@ -259,11 +279,16 @@ fn start_twin_hand(
 
 fn begin(builder: &dyn GuestBuilder, work: Work, twin: &mut Option<Twin>) -> Option<Answer> {
     let Work::Step(Step::Build(description, _)) = work else {
-        return Some(Answer::Failed(Fault::PeerMisbehaved("it sent pages before a guest".to_owned())));
+        return Some(Answer::Failed(Fault::PeerMisbehaved(
+            "it sent pages before a guest".to_owned(),
+        )));
     };
     let built = builder.build(&description).map(|guest| {
         let spaces = guest.spaces();
-        *twin = Some(Twin { image: Image::new(&spaces), guest });
+        *twin = Some(Twin {
+            image: Image::new(&spaces),
+            guest,
+        });
         spaces
     });
     Some(Answer::Built(built.map_err(Fault::from)))
@@ -370,7 +395,11 @@ impl ShadowTask {
         match command {
             Command::Status(answer) => {
                 let (shadow, link) = (self.shadow.status(), self.sender.stats().await.ok());
-                let _ = answer.send(ShadowNodeStatus { shadow, link, last_error: self.last_error.clone() });
+                let _ = answer.send(ShadowNodeStatus {
+                    shadow,
+                    link,
+                    last_error: self.last_error.clone(),
+                });
             }
             Command::Vouch(answer) => drop(answer.send(self.shadow.vouch().map_err(Into::into))),
             Command::End(why, answer) => drop(answer.send(self.shadow.end(&why).map_err(Into::into))),
@@ -380,11 +409,18 @@ impl ShadowTask {
     /// Another source knocks. It is let in only if ours has been silent for long and nothing stands prepared: a final
     /// epoch may be the only copy of its guest.
     fn consider(&self, incoming: Incoming) -> Option<Incoming> {
-        let keeps = matches!(self.shadow.phase(), ShadowPhase::Preparing | ShadowPhase::Prepared | ShadowPhase::Starting);
+        let keeps = matches!(
+            self.shadow.phase(),
+            ShadowPhase::Preparing | ShadowPhase::Prepared | ShadowPhase::Starting
+        );
         if !keeps && incoming.rival(FORGET_AFTER).is_none() {
             return Some(incoming);
         }
-        let guest = self.shadow.status().hello.map_or_else(|| "another guest".to_owned(), |hello| format!("guest {}", hello.guest));
+        let guest = self
+            .shadow
+            .status()
+            .hello
+            .map_or_else(|| "another guest".to_owned(), |hello| format!("guest {}", hello.guest));
         let text = format!("this node shadows {guest}, phase {}", self.shadow.phase());
         incoming.refuse(Refusal::Busy, text);
         None

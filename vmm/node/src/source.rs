@@ -11,9 +11,7 @@ use umbra_core::guest::{Guest, Harvest, StateRecord};
 use umbra_core::phase::SourcePhase;
 use umbra_core::predict::LinkFacts;
 use umbra_core::report::SwitchoverReport;
-use umbra_core::source::{
-    Encoder, Outcome, Output, Plan, Source, SourceConfig, SourceStatus, Step, SwitchoverOptions,
-};
+use umbra_core::source::{Encoder, Outcome, Output, Plan, Source, SourceConfig, SourceStatus, Step, SwitchoverOptions};
 use umbra_core::wire::Message;
 use umbra_paths::{Class, LinkEvent};
 use umbra_quic::{LinkHandle, LinkReceiver, LinkSender, Stats};
@@ -97,7 +95,10 @@ pub struct Protection {
 #[derive(Debug)]
 enum Command {
     Status(oneshot::Sender<ProtectionStatus>),
-    Switchover(SwitchoverOptions, oneshot::Sender<Result<SwitchoverReport, SwitchoverError>>),
+    Switchover(
+        SwitchoverOptions,
+        oneshot::Sender<Result<SwitchoverReport, SwitchoverError>>,
+    ),
     CancelSwitchover(oneshot::Sender<Result<(), CommandError>>),
     End(String, oneshot::Sender<Result<(), CommandError>>),
     Reclaim(oneshot::Sender<Result<(), CommandError>>),
@@ -121,7 +122,11 @@ impl Protection {
             let outcome = task.run(receiver, inbox).await;
             outcome_in.send_replace(Some(outcome));
         });
-        Ok(Self { commands, events, outcome })
+        Ok(Self {
+            commands,
+            events,
+            outcome,
+        })
     }
 
     /// What happens from now on.
@@ -136,8 +141,13 @@ impl Protection {
 
     /// Move the guest to its shadow. Returns when it runs there, or with the reason why it does not.
     pub async fn switchover(&self, options: SwitchoverOptions) -> Result<SwitchoverReport, SwitchoverError> {
-        let over = |error: CommandError| SwitchoverError { text: error.to_string(), fault: None };
-        self.ask(|answer| Command::Switchover(options, answer)).await.map_err(over)?
+        let over = |error: CommandError| SwitchoverError {
+            text: error.to_string(),
+            fault: None,
+        };
+        self.ask(|answer| Command::Switchover(options, answer))
+            .await
+            .map_err(over)?
     }
 
     /// Take back a switchover that has not reached its commit point.
@@ -158,7 +168,11 @@ impl Protection {
     /// How the session ended, once it has.
     pub async fn outcome(&self) -> Outcome {
         let mut outcome = self.outcome.clone();
-        let ended = outcome.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
+        let ended = outcome
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|outcome| outcome.clone());
         // The task never goes away without an outcome unless it panicked or the runtime is shutting down.
         ended.unwrap_or_else(|| std::panic::panic_any("the session's task ended without an outcome"))
     }
@@ -233,8 +247,14 @@ impl SourceTask {
         let spaces = guest.spaces();
         let clock = Clock::new();
         let (answer, answers) = mpsc::unbounded_channel();
-        let source =
-            Source::new(config.source, identity.guest, session, identity.term, guest.describe(), &spaces);
+        let source = Source::new(
+            config.source,
+            identity.guest,
+            session,
+            identity.term,
+            guest.describe(),
+            &spaces,
+        );
         let encoder = Encoder::new(&spaces, config.cache);
         Ok(Self {
             source,
@@ -291,9 +311,14 @@ impl SourceTask {
             if self.encoding >= ENCODE_AHEAD || !(urgent || *self.sender.room().borrow() > 0) {
                 return;
             }
-            let Some(plan) = self.source.take_plan(self.clock.now()) else { return };
+            let Some(plan) = self.source.take_plan(self.clock.now()) else {
+                return;
+            };
             self.encoding += 1;
-            self.encode_hand.give(Work::Encode { plan, compress: self.compresses() });
+            self.encode_hand.give(Work::Encode {
+                plan,
+                compress: self.compresses(),
+            });
         }
     }
 
@@ -332,7 +357,8 @@ impl SourceTask {
                 Err(malformed) => self.source.handle_failed(malformed.into()),
             },
             News::Link(LinkEvent::Block { .. }) => {
-                self.source.handle_failed(Fault::PeerMisbehaved("a shadow sends no pages".to_owned()));
+                self.source
+                    .handle_failed(Fault::PeerMisbehaved("a shadow sends no pages".to_owned()));
             }
             News::Link(LinkEvent::AllPathsDown) => self.source.handle_link_up(false),
             News::Link(LinkEvent::Restored) => self.source.handle_link_up(true),
@@ -355,7 +381,10 @@ impl SourceTask {
             Command::Status(answer) => drop(answer.send(self.status().await)),
             Command::Switchover(options, answer) => match self.source.switchover(now, options) {
                 Ok(()) => self.mover = Some(answer),
-                Err(refused) => drop(answer.send(Err(SwitchoverError { text: refused.0, fault: None }))),
+                Err(refused) => drop(answer.send(Err(SwitchoverError {
+                    text: refused.0,
+                    fault: None,
+                }))),
             },
             Command::CancelSwitchover(answer) => drop(answer.send(self.source.cancel_switchover().map_err(Into::into))),
             Command::End(why, answer) => drop(answer.send(self.source.end(&why).map_err(Into::into))),
@@ -377,7 +406,10 @@ impl SourceTask {
         if let Event::SwitchoverFailed { text } = &event {
             self.last_error = Some(text.clone());
             if let Some(mover) = self.mover.take() {
-                let _ = mover.send(Err(SwitchoverError { text: text.clone(), fault: None }));
+                let _ = mover.send(Err(SwitchoverError {
+                    text: text.clone(),
+                    fault: None,
+                }));
             }
         }
         let _ = self.events.send(event);
@@ -385,14 +417,21 @@ impl SourceTask {
 
     async fn status(&self) -> ProtectionStatus {
         let link = self.sender.stats().await.ok();
-        ProtectionStatus { source: self.source.status(), link, last_error: self.last_error.clone() }
+        ProtectionStatus {
+            source: self.source.status(),
+            link,
+            last_error: self.last_error.clone(),
+        }
     }
 
     async fn finish(mut self, outcome: &Outcome) {
         if let Some(mover) = self.mover.take() {
             let result = match outcome {
                 Outcome::Moved(report) => Ok(**report),
-                Outcome::Stayed { fault, text, .. } => Err(SwitchoverError { text: text.clone(), fault: fault.clone() }),
+                Outcome::Stayed { fault, text, .. } => Err(SwitchoverError {
+                    text: text.clone(),
+                    fault: fault.clone(),
+                }),
             };
             let _ = mover.send(result);
         }
