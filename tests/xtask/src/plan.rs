@@ -5,7 +5,7 @@
 //! from step to step and compile the heavy dependencies again (docs/decisions/0008-one-profile-for-all-tests.md).
 
 use std::{
-    io::{BufRead as _, BufReader, Write as _},
+    io::{self, BufRead as _, BufReader, Write},
     path::PathBuf,
     process::{Command, ExitCode, Stdio},
     time::{Duration, Instant},
@@ -67,7 +67,9 @@ impl Run {
             command.env(key, value);
         }
         let mut tally = Tally::default();
-        self.step(name, &show(&command), || counted(&mut command, &mut tally));
+        self.step(name, &show(&command), || {
+            counted(&mut command, &mut tally, &mut io::stdout())
+        });
         self.tally.passed += tally.passed;
         self.tally.failed += tally.failed;
         self.tally.ignored += tally.ignored;
@@ -198,7 +200,9 @@ pub(crate) fn test(house: &House, long: bool) -> Outcome<ExitCode> {
     doc.env("RUSTDOCFLAGS", "--deny warnings");
     run.command("rustdoc", doc);
     run.command("build of everything", house.cargo(&[&["build"], &all[..]].concat()));
-    let test = |which: &[&str]| house.cargo(&[&["test", "--workspace", "--profile", CHECKED], which].concat());
+    let test = |which: &[&str]| {
+        house.cargo(&[&["test", "--workspace", "--profile", CHECKED, "--no-fail-fast"], which].concat())
+    };
     run.command("unit and property tests", test(&["--lib", "--bins", "--examples"]));
     run.command("documentation examples", test(&["--doc"]));
     // A seed that fails is replayed by `--seed N`; debug assertions are on here as in all steps.
@@ -312,8 +316,8 @@ fn none_of(complaints: Vec<String>) -> Outcome<()> {
     }
 }
 
-/// Runs a command whose standard output is read along the way, for what `cargo test` counts.
-fn counted(command: &mut Command, tally: &mut Tally) -> Outcome<()> {
+/// Runs a command whose standard output is passed on to `out` and read along the way, for what `cargo test` counts.
+fn counted(command: &mut Command, tally: &mut Tally, out: &mut dyn Write) -> Outcome<()> {
     let shown = show(command);
     let mut child = command
         .stdin(Stdio::null())
@@ -329,7 +333,7 @@ fn counted(command: &mut Command, tally: &mut Tally) -> Outcome<()> {
         .map_err(|error| format!("cannot read from `{shown}`: {error}"))?
         > 0
     {
-        let _ = std::io::stdout().write_all(&line);
+        let _ = out.write_all(&line);
         tally.count(&String::from_utf8_lossy(&line));
         line.clear();
     }
@@ -415,23 +419,29 @@ mod tests {
 
     #[test]
     fn what_cargo_test_counts_is_added_up() {
-        let mut run = fresh();
+        let line = "test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 3 filtered out; finished in 0.1s\n";
         let mut echo = Command::new("echo");
-        echo.arg(
-            "running\ntest result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 3 filtered out; finished in 0.1s",
-        );
-        run.command("unit", echo);
-        run.tally
-            .count("test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out");
-        run.tally.count("a line that says 5 passed");
+        echo.args(["-n", "running\n", line]);
+        let (mut tally, mut shown) = (Tally::default(), Vec::new());
+        counted(&mut echo, &mut tally, &mut shown).unwrap();
+        assert_eq!(String::from_utf8(shown).unwrap(), format!("running\n {line}"));
+        assert_eq!(tally, Tally::default(), "a result begins its line");
+
+        let mut echo = Command::new("echo");
+        echo.args(["-n", line]);
+        counted(&mut echo, &mut tally, &mut Vec::new()).unwrap();
+        tally.count("test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out");
+        tally.count("a line that says 5 passed");
         assert_eq!(
-            run.tally,
+            tally,
             Tally {
                 passed: 15,
                 failed: 2,
                 ignored: 1
             }
         );
+
+        let run = Run { tally, ..fresh() };
         assert!(run.summary().ends_with("\n15 passed, 2 failed, 1 ignored\n"));
     }
 
