@@ -128,12 +128,14 @@ impl Run {
             failed: tests_failed,
             ignored,
         } = self.tally;
+        // A step that failed without a test's help must not end in "0 failed".
+        let tests_failed = tests_failed.max(u64::from(self.has_failed()));
+        let steps = self.done.len() - failed - self.skipped();
+        let (skipped, total) = (self.skipped(), total.as_secs_f64());
         text.push_str(&format!(
-            "{} steps passed, {failed} failed, {} skipped in {:.0} s\n{passed} passed, {tests_failed} failed, {ignored} ignored\n",
-            self.done.len() - failed - self.skipped(),
-            self.skipped(),
-            total.as_secs_f64(),
+            "{steps} steps passed, {failed} failed, {skipped} skipped in {total:.0} s\n"
         ));
+        text.push_str(&format!("{passed} passed, {tests_failed} failed, {ignored} ignored\n"));
         text
     }
 }
@@ -405,6 +407,7 @@ mod tests {
             "{summary}"
         );
         assert!(summary.contains("1 steps passed, 1 failed, 0 skipped"), "{summary}");
+        assert!(summary.ends_with("\n0 passed, 1 failed, 0 ignored\n"), "{summary}");
     }
 
     #[test]
