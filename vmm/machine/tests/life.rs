@@ -73,6 +73,20 @@ fn a_guest_stops_and_goes_a_thousand_times_without_losing_a_kick() {
 }
 
 #[test]
+fn a_guest_that_never_exits_by_itself_is_stopped_whenever_the_kick_comes() {
+    needs_kvm!();
+    // jmp to itself: only a kick gets this vCPU out, and one lost would hang here.
+    let machine = Snippet::new("spin", &[0xeb, 0xfe]).launch(Sinks::discard());
+    for round in 0..3_000 {
+        machine.resume().unwrap();
+        for _ in 0..round * 7 % 5_000 {
+            std::hint::spin_loop();
+        }
+        machine.pause().unwrap();
+    }
+}
+
+#[test]
 fn guests_with_private_memory_and_with_memory_above_four_gib_boot() {
     needs_kvm!();
     for (memory, sharing, cmdline) in [
@@ -129,12 +143,8 @@ fn a_triple_fault_and_a_jump_into_nowhere_are_faults_that_say_where() {
 #[test]
 fn what_is_typed_reaches_the_guest() {
     needs_kvm!();
-    // again: mov dx, 0x3fd; in al, dx; test al, 1; jz again; mov dl, 0xf8; in al, dx; inc al; out dx, al; jmp again
-    let code = [
-        0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xf7, 0xb2, 0xf8, 0xec, 0xfe, 0xc0, 0xee, 0xeb, 0xef,
-    ];
     let console = Console::default();
-    let machine = Snippet::new("echo", &code).launch(console.sinks());
+    let machine = Snippet::new("echo", &common::ECHO).launch(console.sinks());
     assert_eq!(machine.console_input(b"HAL"), 3);
     machine.resume().unwrap();
     console.wait_for("IBM");

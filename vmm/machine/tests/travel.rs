@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{Console, launch, move_to_twin, record};
+use common::{Console, Snippet, launch, move_to_twin, record};
 use umbra_core::guest::{Guest, GuestBuilder, GuestError, StateRecord};
 use umbra_machine::{Machine, Sinks};
 use umbra_units::Bytes;
@@ -87,6 +87,45 @@ fn a_guest_that_was_saved_in_vain_goes_on_here() {
     assert_eq!(machine.exit_reason(), None, "{}", console.text());
 }
 
+#[test]
+fn an_idle_guest_is_woken_by_its_timer_after_every_move() {
+    needs_kvm!();
+    let console = Console::default();
+    let mut machine = launch(2, Bytes::mib(8), "cpus=2 work=idle", &console);
+    machine.resume().unwrap();
+    console.wait_for("ready");
+    for _ in 0..20 {
+        console.wait_more(5);
+        machine.pause().unwrap();
+        machine = move_to_twin(&*machine, &console);
+        machine.resume().unwrap();
+    }
+    console.wait_more(20);
+    assert_eq!(machine.exit_reason(), None, "{}", console.text());
+}
+
+#[test]
+fn a_port_read_that_a_stop_interrupts_is_neither_lost_nor_repeated() {
+    needs_kvm!();
+    // The guest does nothing but read ports, so nearly every stop meets it in a read. Each byte typed comes back once.
+    let console = Console::default();
+    let mut machine = Snippet::new("echo-moving", &common::ECHO).launch(console.sinks());
+    machine.resume().unwrap();
+    let mut typed = Vec::new();
+    for round in 0..150_u8 {
+        let bytes: Vec<u8> = (0..3).map(|n| round.wrapping_mul(3).wrapping_add(n)).collect();
+        assert_eq!(machine.console_input(&bytes), 3);
+        typed.extend(bytes.iter().map(|byte| byte.wrapping_add(1)));
+        console.wait("an echo", |heard| heard.len() + 3 > typed.len());
+        machine.pause().unwrap();
+        machine = move_to_twin(&*machine, &console);
+        machine.resume().unwrap();
+    }
+    console.wait("the last echo", |heard| heard.len() >= typed.len());
+    machine.pause().unwrap();
+    assert!(console.bytes() == typed, "what came back is not what was typed");
+}
+
 /// Fields that go on by themselves while a guest is paused, as `state/mod.rs` lists them, blanked out.
 fn without_time(mut records: Vec<StateRecord>) -> Vec<StateRecord> {
     // kvm_clock_data: clock at 0, realtime at 16, host_tsc at 24.
@@ -136,14 +175,7 @@ fn blank_time_of(vcpu: &mut [u8]) {
     }
 }
 
-#[test]
-fn a_record_restored_and_saved_again_is_the_same_but_for_time() {
-    needs_kvm!();
-    let console = Console::default();
-    let machine = launch(2, Bytes::mib(16), "cpus=2 work=compute simd=on", &console);
-    machine.resume().unwrap();
-    console.wait_for("ready");
-    machine.pause().unwrap();
+fn same_but_for_time(machine: &Machine) {
     let records = machine.save().unwrap();
     let twin = Machine::builder(Sinks::discard)
         .build_machine(&machine.describe())
@@ -152,11 +184,76 @@ fn a_record_restored_and_saved_again_is_the_same_but_for_time() {
     let again = twin.save().unwrap();
     for (here, there) in without_time(records).iter().zip(&without_time(again)) {
         assert_eq!((&here.kind, here.version), (&there.kind, there.version));
-        let differs: Vec<usize> = (0..here.bytes.len().max(there.bytes.len()))
-            .filter(|n| here.bytes.get(*n) != there.bytes.get(*n))
-            .collect();
+        let len = here.bytes.len().max(there.bytes.len());
+        let differs: Vec<usize> = (0..len).filter(|n| here.bytes.get(*n) != there.bytes.get(*n)).collect();
         assert!(differs.is_empty(), "{} differs at {differs:?}", here.kind);
     }
+}
+
+#[test]
+fn a_record_restored_and_saved_again_is_the_same_but_for_time() {
+    needs_kvm!();
+    let console = Console::default();
+    let machine = launch(2, Bytes::mib(16), "cpus=2 work=compute simd=on", &console);
+    machine.resume().unwrap();
+    console.wait_for("ready");
+    machine.pause().unwrap();
+    same_but_for_time(&machine);
+}
+
+#[test]
+fn every_device_that_a_guest_touched_is_restored_as_it_was_left() {
+    needs_kvm!();
+    let out = |port: u8, value: u8| [0xb0, value, 0xe6, port];
+    let mut code = Vec::new();
+    // PIT: channel 2, mode 2, count 0x1234. PIC: initialised, all masked but one. CMOS: a byte. i8042: its self test.
+    for (port, value) in [
+        (0x43, 0xb4),
+        (0x42, 0x34),
+        (0x42, 0x12),
+        (0x20, 0x11),
+        (0x21, 0x40),
+        (0x21, 0x04),
+        (0x21, 0x01),
+        (0x21, 0xfb),
+        (0x70, 0x50),
+        (0x71, 0xab),
+        (0x64, 0xaa),
+    ] {
+        code.extend(out(port, value));
+    }
+    // Serial: scratch register (mov dx, 0x3ff; mov al, 0x77; out dx, al), then a byte to say so (mov dl, 0xf8; out).
+    code.extend([0x66, 0xba, 0xff, 0x03, 0xb0, 0x77, 0xee, 0xb2, 0xf8, 0xee, 0xeb, 0xfe]);
+    let console = Console::default();
+    let machine = Snippet::new("touch", &code).launch(console.sinks());
+    let untouched = machine.save().unwrap();
+    machine.resume().unwrap();
+    console.wait_more(1);
+    machine.pause().unwrap();
+    let (mut before, mut after) = (without_time(untouched), without_time(machine.save().unwrap()));
+    for kind in ["pit/0", "irqchip/pic0", "rtc/0", "i8042/0", "serial/0"] {
+        assert_ne!(
+            record(&mut before, kind),
+            record(&mut after, kind),
+            "the guest touched it"
+        );
+    }
+    same_but_for_time(&machine);
+}
+
+#[test]
+fn a_restore_that_the_host_refuses_leaves_nothing_to_run_and_can_be_done_again() {
+    needs_kvm!();
+    let (records, twin) = paused_and_twin();
+    let mut refused = records.clone();
+    let vcpu = &mut record(&mut refused, "vcpu/0").bytes;
+    let leaves = u32::from_le_bytes(vcpu[4..8].try_into().unwrap()) as usize;
+    // mp_state, behind its length: no such state.
+    vcpu[8 + 28 * leaves + 4] = 99;
+    twin.restore(&records).unwrap();
+    assert!(matches!(twin.restore(&refused), Err(GuestError::Host(_))));
+    assert!(matches!(twin.resume(), Err(GuestError::WrongState(_))));
+    twin.restore(&records).unwrap();
 }
 
 /// A paused guest's records, and a blank twin.

@@ -72,6 +72,10 @@ impl Console {
         String::from_utf8_lossy(&self.0.0.lock().unwrap()).into_owned()
     }
 
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        self.0.0.lock().unwrap().clone()
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.0.0.lock().unwrap().len()
     }
@@ -172,6 +176,12 @@ impl Snippet {
         Machine::launch(&config, sinks).unwrap()
     }
 }
+
+/// Sends back each byte typed, plus one, forever:
+/// `again: mov dx, 0x3fd; in al, dx; test al, 1; jz again; mov dl, 0xf8; in al, dx; inc al; out dx, al; jmp again`
+pub(crate) const ECHO: [u8; 17] = [
+    0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xf7, 0xb2, 0xf8, 0xec, 0xfe, 0xc0, 0xee, 0xeb, 0xef,
+];
 
 const BASE: u64 = 0x10_0000;
 
