@@ -74,6 +74,9 @@ pub(crate) struct Estimator {
     rtt: Option<Rtt>,
     delivered: u64,
     delivered_at: Now,
+    /// Samples, smoothed: a repaired loss holds up one block and lets the next arrive with it, and the largest of such
+    /// samples would be a third too large.
+    smooth_rate: f64,
     rate: Option<Extreme>,
     /// What the congestion window says about the rate, while nothing better is known.
     rate_hint: Bandwidth,
@@ -113,6 +116,7 @@ impl Estimator {
             rtt: None,
             delivered: 0,
             delivered_at: now,
+            smooth_rate: 0.0,
             rate: None,
             rate_hint: initial_rate,
             loss: Loss {
@@ -242,11 +246,19 @@ impl Estimator {
         if span < RATE_SPAN_MIN {
             return;
         }
-        let rate = to_f64(self.delivered.saturating_sub(mark.delivered)) / span.as_secs_f64();
+        let sample = to_f64(self.delivered.saturating_sub(mark.delivered)) / span.as_secs_f64();
+        // Twice as much is not noise but a path that is still being discovered.
+        let discovered = sample > 2.0 * self.smooth_rate;
+        let rate = if discovered {
+            sample
+        } else {
+            self.smooth_rate + (sample - self.smooth_rate) / 8.0
+        };
         // A burst into an empty path measures its round trip as much as its rate: it can prove a rate, not deny one.
-        if mark.from_idle && self.rate.is_some_and(|known| rate < known.get(f64::max)) {
+        if mark.from_idle && self.rate.is_some_and(|known| sample < known.get(f64::max)) {
             return;
         }
+        self.smooth_rate = rate;
         let window = WINDOW.min(Duration::from_secs(1).max(self.rtt() * WINDOW_ROUND_TRIPS));
         match &mut self.rate {
             None => self.rate = Some(Extreme::new(now, rate)),
@@ -286,6 +298,11 @@ impl Estimator {
     pub(crate) fn loss(&self) -> f64 {
         let (lost, passed) = (self.loss.lost + LOSS_PRIOR.0, self.loss.passed + LOSS_PRIOR.1);
         lost / (lost + passed)
+    }
+
+    /// Loss as it was seen, without the doubt about a path of which little was seen.
+    pub(crate) fn loss_seen(&self) -> f64 {
+        self.loss.lost / (self.loss.lost + self.loss.passed).max(1.0)
     }
 
     /// The loss that nine of ten further looks would find below: the upper decile of Beta(lost, passed), through

@@ -56,6 +56,8 @@ const REPAIR_EXTRA: f64 = 0.003;
 const REPAIR_WEIGHT: f64 = 1.5;
 /// Shard length where no path takes datagrams: only a granularity of repairs then.
 const STREAM_SHARD: usize = 1_024;
+/// How long after something arrived more is expected.
+const RECEIVING: Duration = Duration::from_millis(100);
 /// At least so far apart are looks for a lagging tail.
 const REINJECT_PAUSE: Duration = Duration::from_millis(1);
 /// Lateness of our own loop that counts as ours.
@@ -117,6 +119,8 @@ pub struct Link {
     /// The next acknowledgement goes on two paths.
     ack_twice: bool,
     shards_unacked: u32,
+    /// When a message or a piece of a block last arrived.
+    received_at: Option<Now>,
     /// Bytes taken since the last acknowledgement.
     taken_unacked: u64,
     ack_number: u64,
@@ -148,6 +152,7 @@ impl Link {
             ack_gaps: false,
             ack_twice: false,
             shards_unacked: 0,
+            received_at: None,
             taken_unacked: 0,
             ack_number: 0,
             peer_ack: None,
@@ -345,7 +350,12 @@ impl Link {
     /// [`LinkEvent::BlockDelivered`].
     pub fn room(&self) -> usize {
         let of_path = |path: &Path| path.window().saturating_sub(path.outstanding());
-        let paths: u64 = self.paths.values().filter(|path| path.takes_bulk()).map(of_path).sum();
+        let paths: u64 = self
+            .paths
+            .values()
+            .filter(|path| path.takes_bulk(self.now))
+            .map(of_path)
+            .sum();
         let paths = paths.min(self.blocks.credit(Class::Bulk));
         let paths = usize::try_from(paths)
             .unwrap_or(usize::MAX)
@@ -427,6 +437,9 @@ impl Link {
     }
 
     fn frame(&mut self, path: PathId, frame: Frame) -> Result<(), PeerMisbehaved> {
+        if !matches!(frame, Frame::Probe { .. } | Frame::Ack(_)) {
+            self.received_at = Some(self.now);
+        }
         match frame {
             Frame::Probe { stamp } => {
                 if let Some(path) = self.paths.get_mut(&path) {
@@ -659,9 +672,11 @@ impl Link {
         }
     }
 
-    /// Messages and urgent blocks make every path's answers matter.
+    /// Messages and urgent blocks make every path's answers matter; and so does receiving, since acknowledgements must
+    /// not vanish on a path that died meanwhile.
     fn busy(&self) -> bool {
-        !self.outbox.is_empty() || !self.blocks.urgent_under_way.is_empty()
+        let receiving = self.received_at.is_some_and(|at| self.now.since(at) < RECEIVING);
+        receiving || !self.outbox.is_empty() || !self.blocks.urgent_under_way.is_empty()
     }
 
     /// Suspect, trust, probe.
@@ -824,7 +839,7 @@ impl Link {
         let (Some(id), bytes) = (fresh, message.bytes.clone()) else {
             return;
         };
-        let lossy = best.estimator.loss() > COPY_LOSS;
+        let lossy = best.estimator.loss_seen() > COPY_LOSS;
         let laid = Laid {
             path: id,
             stream: self.stream(),
@@ -880,7 +895,7 @@ impl Link {
             if !self.blocks.may_start(id) {
                 return;
             }
-            let open: Vec<&Path> = self.paths.values().filter(|path| path.takes_bulk()).collect();
+            let open: Vec<&Path> = self.paths.values().filter(|path| path.takes_bulk(self.now)).collect();
             let lanes: Vec<Lane> = open.iter().map(|path| path.bulk_lane()).collect();
             let Some(held) = self.blocks.get(id) else { return };
             let Some(best) = scheduler::earliest(&lanes, f64_of(held.bytes.len())) else {
@@ -888,7 +903,11 @@ impl Link {
             };
             let (path, again, len) = (open[best].id, held.started, held.bytes.len() as u64);
             self.blocks.unwait(id);
-            self.count.resent_bytes += u64::from(again) * len;
+            *(if again {
+                &mut self.count.resent_bytes
+            } else {
+                &mut self.count.bulk_bytes
+            }) += len;
             self.lay_whole(id, path);
         }
     }
@@ -899,9 +918,6 @@ impl Link {
         let Some(held) = self.blocks.get(id) else { return };
         let (class, bytes) = (held.class, held.bytes.clone());
         let len = bytes.len() as u64;
-        if class == Class::Bulk {
-            self.count.bulk_bytes += len;
-        }
         self.lay_stream(id, path, len, None, Frame::Block { id, class, bytes });
     }
 
@@ -962,6 +978,7 @@ impl Link {
             && self.reinject_budget() > 0
     }
 
+    /// Bytes that may still be sent twice.
     fn reinject_budget(&self) -> u64 {
         #[expect(
             clippy::cast_precision_loss,
@@ -1002,7 +1019,7 @@ impl Link {
         let open: Vec<&Path> = self
             .paths
             .values()
-            .filter(|path| path.takes_bulk() && path.id != lay.laid.path)
+            .filter(|path| path.takes_bulk(self.now) && path.id != lay.laid.path)
             .collect();
         let lanes: Vec<Lane> = open.iter().map(|path| path.bulk_lane()).collect();
         let len = held.bytes.len();

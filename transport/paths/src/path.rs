@@ -35,6 +35,8 @@ const FALSE_ALARM: f64 = 1e-3;
 const PROBES: core::ops::RangeInclusive<usize> = 3..=8;
 /// A path may hold what it carries in two round trips and this: a driver's wake-up and the peer's acknowledgement.
 const RESPONSE: Duration = Duration::from_millis(10);
+/// Packets of a usual bulk block: 128 KiB in packets of 1,200 bytes.
+const BLOCK_PACKETS: f64 = 100.0;
 /// How long nothing may arrive of what should have, beyond the time it takes.
 const STALL: Duration = Duration::from_secs(1);
 const STALL_PENALTY: core::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(32);
@@ -193,14 +195,19 @@ impl Path {
     }
 
     /// What it may hold: enough to be never idle, and little to lose with it.
+    /// Where every block loses packets, each takes a repair longer, and the window has to span that too: without it, the
+    /// window and the rate measured within it hold each other down (seen at 120 ms and 3 %: half the rate).
     pub(crate) fn window(&self) -> u64 {
-        let span = self.estimator.rtt_min() * 2 + RESPONSE;
+        let repairs = (self.estimator.loss() * BLOCK_PACKETS).min(1.0) * 1.125;
+        let span = self.estimator.rtt_min().mul_f64(2.0 + repairs) + RESPONSE;
         carried(self.forecast.rate, span).max(self.floor_bytes)
     }
 
-    /// Whether it takes another bulk block: it holds less than it may, and its connection keeps up with its driver.
-    pub(crate) fn takes_bulk(&self) -> bool {
-        self.is_up() && self.outstanding() < self.window() && self.queued_bytes <= self.window() / 2
+    /// Whether it takes another bulk block: it holds less than it may, its connection keeps up with its driver, and no
+    /// answer is missing.
+    pub(crate) fn takes_bulk(&self, now: Now) -> bool {
+        let window = self.window();
+        self.is_up() && self.outstanding() < window && self.queued_bytes <= window / 2 && !self.in_doubt(now)
     }
 
     /// As bulk sees it: behind everything.
@@ -230,7 +237,15 @@ impl Path {
     /// trouble if the path dies meanwhile.
     pub(crate) fn cost(&self, now: Now) -> Duration {
         let dying = 1.0 - self.estimator.alive(now, Duration::from_secs(1));
-        self.forecast.one_way + self.forecast.rtt.mul_f64(self.forecast.loss * 1.125) + self.rto().mul_f64(dying)
+        let doubt = if self.in_doubt(now) {
+            self.rto() * 4
+        } else {
+            Duration::ZERO
+        };
+        self.forecast.one_way
+            + self.forecast.rtt.mul_f64(self.forecast.loss * 1.125)
+            + self.rto().mul_f64(dying)
+            + doubt
     }
 
     /// Number for the next datagram.
@@ -356,6 +371,11 @@ impl Path {
     /// How long an answer may take before it counts as missing.
     pub(crate) fn rto(&self) -> Duration {
         self.estimator.rtt() + (self.estimator.rtt_var() * 4).max(SLACK) + SLACK
+    }
+
+    /// An answer is missing. Not enough to suspect the path, enough to prefer another one.
+    pub(crate) fn in_doubt(&self, now: Now) -> bool {
+        self.probes.front().is_some_and(|first| *first + self.rto() <= now)
     }
 
     /// The whole circle was proven: everything sent so far is not silence.
