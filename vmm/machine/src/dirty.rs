@@ -206,8 +206,8 @@ impl DirtyBitmap {
                 memory_size: block.pages.bytes(),
                 userspace_addr: block.host_address(),
             };
-            // SAFETY: the slot is a block's whole mapping and blocks do not overlap. The mapping outlives the VM's use
-            // of it: `Parts` of a machine drops the VM and its vCPUs before the memory.
+            // SAFETY: the slot is a block's whole mapping and blocks do not overlap. KVM touches it only on behalf of a
+            // running vCPU, and whoever runs one keeps the memory: `vcpu::Thread` by an Arc, the probe by its scope.
             unsafe { self.vm.set_user_memory_region(slot) }.map_err(Error::kvm("give the guest its memory"))
         })
     }

@@ -153,6 +153,29 @@ fn what_is_typed_reaches_the_guest() {
 }
 
 #[test]
+fn typing_at_a_paused_guest_raises_no_interrupt_until_it_goes_on() {
+    needs_kvm!();
+    // PIC initialised, nothing masked; serial: interrupt on input (mov dx, 0x3f9; mov al, 1; out); a byte; jmp to itself.
+    let mut code = Vec::new();
+    for (port, value) in [(0x20, 0x11), (0x21, 0x40), (0x21, 0x04), (0x21, 0x01), (0x21, 0x00)] {
+        code.extend([0xb0, value, 0xe6, port]);
+    }
+    code.extend([0x66, 0xba, 0xf9, 0x03, 0xb0, 0x01, 0xee, 0xb2, 0xf8, 0xee, 0xeb, 0xfe]);
+    let console = Console::default();
+    let machine = Snippet::new("interrupt", &code).launch(console.sinks());
+    machine.resume().unwrap();
+    console.wait_more(1);
+    machine.pause().unwrap();
+    let pic = || common::record(&mut machine.save().unwrap(), "irqchip/pic0").clone();
+    let before = pic();
+    assert_eq!(machine.console_input(b"k"), 1);
+    assert_eq!(pic(), before);
+    machine.resume().unwrap();
+    machine.pause().unwrap();
+    assert_ne!(pic(), before);
+}
+
+#[test]
 fn a_string_written_to_a_port_arrives_byte_by_byte() {
     needs_kvm!();
     // mov dx, 0x3f8; mov esi, text; mov ecx, 5; cld; rep outsb; hlt

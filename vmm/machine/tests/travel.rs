@@ -222,6 +222,8 @@ fn every_device_that_a_guest_touched_is_restored_as_it_was_left() {
     ] {
         code.extend(out(port, value));
     }
+    // A debug register (mov eax, 0x1234; mov dr0, eax).
+    code.extend([0xb8, 0x34, 0x12, 0, 0, 0x0f, 0x23, 0xc0]);
     // Serial: scratch register (mov dx, 0x3ff; mov al, 0x77; out dx, al), then a byte to say so (mov dl, 0xf8; out).
     code.extend([0x66, 0xba, 0xff, 0x03, 0xb0, 0x77, 0xee, 0xb2, 0xf8, 0xee, 0xeb, 0xfe]);
     let console = Console::default();
