@@ -16,11 +16,21 @@
 //! | kind | body |
 //! |---|---|
 //! | 1 probe | stamp:u64 |
-//! | 2 ack | see [`Ack`] |
+//! | 2 ack | below |
 //! | 3 message | number:u64, bytes to the end |
 //! | 4 block | id:u64, class:u8, bytes to the end |
-//! | 5 shard | id:u64, [`Layout`], stripe:u16, index:u8, bytes to the end |
-//! | 6 patch | id:u64, [`Layout`], runs:u16, (first:u32, count:u32) each, bytes to the end |
+//! | 5 shard | id:u64, layout, stripe:u16, index:u8, bytes to the end |
+//! | 6 patch | id:u64, layout, runs:u16, (first:u32, count:u32) each, bytes to the end |
+//!
+//! A *layout* says how an urgent block is cut: block_bytes:u32 shard_bytes:u16 k:u8 m:u8. An *ack* is
+//!
+//! ```text
+//! number:u64 flags:u8 [echo:u64, with flag 1]
+//! message_next:u64 message_seen:u64 message_taken:u64 block_next:u64 block_taken:u64
+//! ranges:u8  (start:u32 after block_next, length:u32) each
+//! reports:u8 (path:u16 highest:u64 received:u64 lost:u64 runs:u64) each
+//! [gaps:u8   (id:u64 stripes:u16 (stripe:u16 bytes:u8 bitmap) each) each, with flag 2; flag 4: there was more]
+//! ```
 //!
 //! `path` is the *sender's* number of the path, and comes back in the reports: the two ends need not agree on numbers.
 //! Any frame may come either way; which way is the sender's choice. Nothing is allocated for a length before it was

@@ -1,7 +1,7 @@
 //! One end of a link: where the rooms meet.
 //!
 //! Everything that happens is one of three things: a fact arrives and is booked (`handle_*`, `path_*`), the books are looked
-//! at and work is laid on paths ([`Link::pump`], at the end of every fact and command), or the driver takes what is to
+//! at and work is laid on paths (`pump`, at the end of every fact and command), or the driver takes what is to
 //! be done. Decisions are made in `pump` and below it only.
 //!
 //! # Life of a block
@@ -15,7 +15,7 @@
 //! ```
 //!
 //! A bulk block goes back to waiting whole. An urgent block that was started never does: what is missing of it is
-//! learned from the peer ([`Gaps`]) and laid as patches, so that a repair costs what was lost and no more.
+//! learned from the peer (`Gaps`) and laid as patches, so that a repair costs what was lost and no more.
 //!
 //! # Acknowledgements
 //!

@@ -25,8 +25,11 @@ pub(crate) struct Lossy {
 /// Answers already worked out. Bounded; forgotten as a whole when full, since the weather that filled it is over.
 #[derive(Debug, Default)]
 pub(crate) struct Table {
-    known: BTreeMap<(usize, usize, usize, Vec<(u32, i32, u32)>), usize>,
+    known: BTreeMap<Question, usize>,
 }
+
+/// Data shards, most parity, stripes, and each path's quantised share, loss and burst.
+type Question = (usize, usize, usize, Vec<(u32, i32, u32)>);
 
 const KNOWN_MAX: usize = 512;
 

@@ -63,7 +63,7 @@ impl Layout {
             usize::from(r.u8("layout data shards")?),
             usize::from(r.u8("layout parity shards")?),
         );
-        Self::new(block_bytes, shard_bytes, k, m).ok_or(r.malformed("layout"))
+        Self::new(block_bytes, shard_bytes, k, m).ok_or_else(|| r.malformed("layout"))
     }
 
     pub(crate) const fn block_bytes(self) -> usize {

@@ -685,7 +685,7 @@ impl World {
             }
             assert!(to.messages_in.len() <= from.messages_out.len());
             for (id, (_, came)) in &to.blocks_in {
-                assert!(&from.blocks_out[id].1 == came, "{id} of side {i} is not what was sent");
+                assert!(from.blocks_out[id].1 == *came, "{id} of side {i} is not what was sent");
             }
             assert!(from.delivered.iter().all(|id| from.blocks_out.contains_key(id)));
         }
