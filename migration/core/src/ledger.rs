@@ -53,6 +53,8 @@ pub struct Ledger {
     in_flight: BTreeMap<BatchId, Vec<PageId>>,
     /// Always above every batch in flight; batch 0 stands for "never shipped".
     next: BatchId,
+    /// The space that is asked first for the next batch, so that no space starves.
+    first: SpaceId,
 }
 
 #[derive(Debug)]
@@ -91,6 +93,7 @@ impl Ledger {
             spaces,
             in_flight: BTreeMap::new(),
             next: BatchId(1),
+            first: SpaceId::RAM,
         }
     }
 
@@ -147,12 +150,13 @@ impl Ledger {
         let batch = self.next;
         self.next = batch.next();
         let mut taken = Vec::new();
-        for (id, ledger) in &mut self.spaces {
+        for id in self.spaces_in_turn() {
+            let ledger = self.spaces.get_mut(&id).expect("one of ours");
             let left = most.0.saturating_sub(taken.len() as u64);
             let pfns: Vec<Pfn> = ledger.walk().take(index(Pfn(left))).collect();
             for pfn in pfns {
                 taken.push(Owed {
-                    page: PageId { space: *id, pfn },
+                    page: PageId { space: id, pfn },
                     base: ledger.take(pfn, batch),
                 });
             }
@@ -160,6 +164,15 @@ impl Ledger {
         self.in_flight
             .insert(batch, taken.iter().map(|owed| owed.page).collect());
         (batch, taken)
+    }
+
+    /// Every space once, each call from another one on.
+    // covered by: no_space_starves_while_another_is_written_over_and_over
+    fn spaces_in_turn(&mut self) -> Vec<SpaceId> {
+        let behind = self.spaces.range(self.first..).chain(self.spaces.range(..self.first));
+        let turn: Vec<SpaceId> = behind.map(|(id, _)| *id).collect();
+        self.first = turn.get(1).copied().unwrap_or_default();
+        turn
     }
 
     /// The shadow holds this batch. Unknown batches are ignored: acknowledgements repeat.
@@ -346,6 +359,21 @@ mod tests {
                 assert_eq!(ledger.seeded(), PageCount(8));
             }
         }
+    }
+
+    #[test]
+    fn no_space_starves_while_another_is_written_over_and_over() {
+        let disk = Space {
+            id: SpaceId(1),
+            ..Space::ram(PageCount(2))
+        };
+        let mut ledger = Ledger::new(&[Space::ram(PageCount(8)), disk]);
+        for _ in 0..10 {
+            ledger.owe(&writes(8, &[0, 1, 2, 3]));
+            let (batch, _) = ledger.take(PageCount(4));
+            ledger.held(batch);
+        }
+        assert_eq!(ledger.seeded(), PageCount(10));
     }
 
     #[test]
