@@ -330,12 +330,9 @@ impl Pair {
                 let restored = self.there.restore(&records).map_err(Fault::from);
                 self.shadow.handle_restored(self.now, epoch, restored);
             }
-            Step::Resume => {
-                let resumed = self
-                    .there
-                    .resume()
-                    .map(|()| Duration::from_micros(7))
-                    .map_err(Fault::from);
+            Step::Resume(epoch) => {
+                let sealed = self.image.as_mut().unwrap().seal(epoch);
+                let resumed = sealed.and_then(|()| Ok(self.there.resume().map(|()| Duration::from_micros(7))?));
                 self.shadow.handle_resumed(resumed);
             }
         }
@@ -591,4 +588,169 @@ fn a_debt_that_never_shrinks_is_named_when_the_timeout_strikes() {
     }
     let status = pair.source.status();
     assert!(pair.here.runs() && !status.switching, "{status:?}");
+}
+
+/// A pair whose source follows, with the outputs of everything before taken.
+fn following(pages: u64) -> Pair {
+    let mut pair = Pair::new(pages);
+    pair.run_for(Duration::from_secs(1));
+    assert_eq!(pair.source.phase(), SourcePhase::Following);
+    pair
+}
+
+fn number(byte: u8) -> Vec<StateRecord> {
+    vec![StateRecord {
+        kind: "number".to_owned(),
+        version: 1,
+        bytes: vec![byte],
+    }]
+}
+
+// The tests below began as seeds of the simulator; each says what was wrong there.
+
+#[test]
+fn nothing_is_copied_before_writes_are_recorded() {
+    // A page copied before recording began was written again in between, and nobody ever knew.
+    let mut pair = Pair::new(10);
+    pair.source.handle_message(pair.now, Message::Welcome { version: 1 });
+    assert_eq!(pair.source.take_plan(pair.now), None);
+    pair.source.handle_tracked(pair.now, &Harvest::default());
+    assert_eq!(pair.source.take_plan(pair.now).unwrap().pages.len(), 10);
+}
+
+#[test]
+fn the_answers_of_a_withdrawn_attempt_are_not_taken_for_those_of_the_next() {
+    // A host slow to save answered the first attempt during the second: the guest woke up with old registers.
+    let (mut pair, nothing) = (following(10), Harvest::default());
+    let now = pair.now;
+    pair.source.switchover(now, SwitchoverOptions::default()).unwrap();
+    pair.source.handle_harvest(now, &nothing);
+    assert_eq!(pair.source.phase(), SourcePhase::Final);
+    pair.source.handle_paused(now);
+    pair.source.cancel_switchover().unwrap();
+    pair.source.switchover(now, SwitchoverOptions::default()).unwrap();
+
+    pair.source.handle_harvest(now, &nothing);
+    assert_eq!(pair.source.phase(), SourcePhase::Final, "the next attempt");
+    pair.source.handle_saved(now, number(1));
+    pair.source.handle_harvest(now, &nothing);
+    pair.source.handle_harvest(now, &nothing);
+    assert_eq!(pair.source.take_plan(now), None);
+
+    pair.source.handle_paused(now);
+    pair.source.handle_harvest(now, &nothing);
+    pair.source.handle_saved(now, number(2));
+    pair.source.handle_harvest(now, &nothing);
+    let close = pair.source.take_plan(now).unwrap().close.unwrap();
+    assert_eq!(close.records, number(2));
+}
+
+#[test]
+fn an_attempt_withdrawn_before_its_last_batch_is_encoded_closes_nothing() {
+    // The last batch was copied from a guest that ran again, and the shadow called itself prepared.
+    let (mut pair, nothing) = (following(10), Harvest::default());
+    let now = pair.now;
+    pair.source.switchover(now, SwitchoverOptions::default()).unwrap();
+    pair.source.handle_harvest(now, &nothing);
+    pair.source.handle_paused(now);
+    pair.source.handle_harvest(now, &nothing);
+    pair.source.handle_saved(now, number(1));
+    pair.source.handle_harvest(now, &nothing);
+    let plan = pair.source.take_plan(now).unwrap();
+    assert!(plan.close.is_some());
+    pair.source.cancel_switchover().unwrap();
+    let encoded = pair.encoder.encode(plan, &pair.here, false).unwrap();
+    assert_eq!(Batch::parse(&encoded.bytes).unwrap().close, None);
+}
+
+/// The shadow stands prepared for an epoch that the source took back without the shadow hearing of it.
+fn taken_back_unheard() -> Pair {
+    let mut pair = following(10);
+    pair.lose = |message| matches!(message, Message::Prepared { .. } | Message::Withdraw { .. });
+    switchover(
+        &mut pair,
+        SwitchoverOptions {
+            pause_limit: Duration::from_millis(100),
+            ..SwitchoverOptions::default()
+        },
+    );
+    assert!(pair.here.runs());
+    assert_eq!(
+        (pair.source.phase(), pair.shadow.phase()),
+        (SourcePhase::Following, ShadowPhase::Prepared)
+    );
+    pair
+}
+
+#[test]
+fn a_page_of_the_next_epoch_takes_the_last_one_back() {
+    // Pages overtook the word that the epoch was taken back: the shadow stood prepared to run a mixture of two.
+    let mut pair = taken_back_unheard();
+    pair.here.write(5, 9);
+    pair.run_for(Duration::from_secs(1));
+    assert_eq!(pair.shadow.phase(), ShadowPhase::Following);
+    assert!(pair.shadow.vouch().is_err());
+
+    pair.lose = |_| false;
+    switchover(&mut pair, SwitchoverOptions::default());
+    assert_eq!(pair.moved().epoch, umbra_units::Epoch(2));
+    assert_eq!(pair.here.memory(), pair.there.memory());
+}
+
+#[test]
+fn a_late_withdrawal_of_an_old_epoch_leaves_the_next_alone() {
+    // The late word for the first epoch unmade the second, and go found nobody prepared.
+    let mut pair = taken_back_unheard();
+    pair.lose = |message| matches!(message, Message::Prepared { .. });
+    switchover(&mut pair, SwitchoverOptions::default());
+    let first = Message::Withdraw {
+        epoch: umbra_units::Epoch(1),
+        text: "late".to_owned(),
+    };
+    assert_eq!(pair.shadow.phase(), ShadowPhase::Prepared);
+    pair.shadow.handle_message(pair.now, first);
+    assert_eq!(pair.shadow.phase(), ShadowPhase::Prepared);
+}
+
+#[test]
+fn a_shadow_that_starts_on_an_operators_word_runs_no_mixture_and_is_written_to_no_more() {
+    // The word came while a page of the next epoch was being applied.
+    let mut pair = taken_back_unheard();
+    pair.shadow.vouch().unwrap();
+    pair.here.write(5, 9);
+    let harvest = pair.here.harvest().unwrap();
+    pair.source.handle_harvest(pair.now, &harvest);
+    pair.ship();
+    let late = pair.batches.pop_front().unwrap();
+    let batch = |bytes: &[u8]| Batch::parse(bytes).unwrap();
+    let image = pair.image.as_mut().unwrap();
+    image.apply(batch(&late), &pair.there).unwrap();
+    pair.shadow_steps();
+    assert!(!pair.there.runs());
+    assert!(matches!(pair.shadow_end, Some(shadow::Outcome::Dropped { .. })));
+
+    let image = pair.image.as_mut().unwrap();
+    image.seal(umbra_units::Epoch(2)).unwrap();
+    pair.here.write(6, 9);
+    let harvest = pair.here.harvest().unwrap();
+    pair.source.handle_harvest(pair.now, &harvest);
+    pair.ship();
+    let later = pair.batches.pop_front().unwrap();
+    assert!(pair.image.as_mut().unwrap().apply(batch(&later), &pair.there).is_err());
+}
+
+#[test]
+fn a_shadow_that_was_ended_before_it_heard_go_hands_the_guest_back() {
+    // It could say that it never ran the guest, and the source waited for an operator all the same.
+    let mut pair = following(10);
+    pair.lose = |message| matches!(message, Message::Go { .. });
+    switchover(&mut pair, SwitchoverOptions::default());
+    assert_eq!(
+        (pair.source.phase(), pair.shadow.phase()),
+        (SourcePhase::HandedOver, ShadowPhase::Prepared)
+    );
+    pair.shadow.end("an operator wants it so").unwrap();
+    pair.settle();
+    assert!(pair.here.runs() && !pair.there.runs());
+    assert_eq!(pair.source.term(), Term(3));
 }

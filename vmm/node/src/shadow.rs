@@ -272,7 +272,7 @@ fn start_twin_hand(
                 Err(fault) => Answer::Failed(fault),
             },
             Work::Step(Step::Restore(epoch, records)) => Answer::Restored(epoch, twin.restore(&records)),
-            Work::Step(Step::Resume) => Answer::Resumed(twin.resume()),
+            Work::Step(Step::Resume(epoch)) => Answer::Resumed(twin.resume(epoch)),
         })
     })
 }
@@ -303,8 +303,9 @@ impl Twin {
         Ok(self.guest.restore(records)?)
     }
 
-    fn resume(&self) -> Result<(Duration, Arc<dyn Guest>), Fault> {
+    fn resume(&mut self, epoch: Epoch) -> Result<(Duration, Arc<dyn Guest>), Fault> {
         let began = Instant::now();
+        self.image.seal(epoch)?;
         self.guest.resume()?;
         Ok((began.elapsed(), Arc::clone(&self.guest)))
     }

@@ -43,6 +43,10 @@ pub struct Image {
     through: BatchId,
     /// Batches beyond `through` that have been applied; bounded by [`limits::BATCHES_BEYOND`].
     beyond: BTreeSet<BatchId>,
+    /// The newest epoch of which a page was applied.
+    newest: Epoch,
+    /// The guest runs from this image, or is about to: nothing may be written to it any more.
+    sealed: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -73,7 +77,23 @@ impl Image {
             digest: Digest::ZEROS,
             through: BatchId(0),
             beyond: BTreeSet::new(),
+            newest: Epoch(0),
+            sealed: false,
         }
+    }
+
+    /// The twin is about to run as it was at the end of `epoch`: apply nothing any more. Refused if pages of a newer
+    /// epoch are in it already, because then it is a mixture (DESIGN §3.3). Only an operator's word for a source that had
+    /// taken its final epoch back can come to that.
+    pub fn seal(&mut self, epoch: Epoch) -> Result<(), Fault> {
+        if self.newest > epoch {
+            return Err(Fault::Host(format!(
+                "epoch {epoch} was taken back: pages of epoch {} were applied over it",
+                self.newest
+            )));
+        }
+        self.sealed = true;
+        Ok(())
     }
 
     /// The digest of all memory as held.
@@ -95,6 +115,11 @@ impl Image {
     pub fn apply(&mut self, batch: Batch, guest: &dyn Guest) -> Result<Applied, Fault> {
         let mut counts = PageCounts::default();
         if !self.has(batch.id) {
+            if self.sealed {
+                let text = format!("batch {} came too late: the guest runs here", batch.id);
+                return Err(Fault::Host(text));
+            }
+            self.newest = self.newest.max(batch.epoch);
             let mut page = [0; PAGE_SIZE];
             for (id, encoding, hash, bytes) in batch.pages() {
                 self.apply_page(batch.id, id, encoding, hash, bytes, &mut page, guest)?;

@@ -59,8 +59,8 @@ pub enum Step {
     Audit(Epoch),
     /// Load state. Answer: [`Shadow::handle_restored`].
     Restore(Epoch, Vec<StateRecord>),
-    /// Run. Answer: [`Shadow::handle_resumed`].
-    Resume,
+    /// [Seal](Image::seal) the image at this epoch, then run. Answer: [`Shadow::handle_resumed`].
+    Resume(Epoch),
 }
 
 /// What the node must do.
@@ -198,7 +198,7 @@ impl Shadow {
     pub fn handle_message(&mut self, _now: Now, message: Message) {
         match message {
             Message::Hello(hello) => self.greeted(hello),
-            Message::Withdraw { epoch, text } => self.withdrawn(epoch, &text),
+            Message::Withdraw { epoch, .. } => self.withdrawn(epoch),
             Message::Go { epoch, term } => self.told(epoch, term),
             Message::Goodbye { text } => self.drop_by(Fault::PeerEnded(text)),
             Message::Welcome { .. }
@@ -242,6 +242,11 @@ impl Shadow {
         }
         self.held.push(applied.id);
         self.held_since.get_or_insert(now);
+        // The source only goes on to the next epoch when it has taken back the last: its word to say so may be late.
+        // covered by: a_page_of_the_next_epoch_takes_the_last_one_back
+        if let Some(last) = applied.epoch.0.checked_sub(1) {
+            self.withdrawn(Epoch(last));
+        }
         if self.phase == ShadowPhase::Following {
             // covered by: a_closing_batch_that_arrives_after_its_withdrawal_prepares_nothing
             if let Some(close) = applied
@@ -352,8 +357,7 @@ impl Shadow {
         self.make(ShadowPhase::vouched)?;
         // The source may have given the guest up to the next term before it died; whichever, that one is void now.
         let term = self.hello.as_ref().expect("prepared for somebody").term.next().next();
-        self.told = Some(term);
-        self.outputs.push_back(Output::Do(Step::Resume));
+        self.start(term);
         Ok(())
     }
 
@@ -416,13 +420,18 @@ impl Shadow {
         self.phase == ShadowPhase::Preparing && self.closing.as_ref().is_some_and(|closing| closing.epoch == epoch)
     }
 
-    fn withdrawn(&mut self, epoch: Epoch, _text: &str) {
+    /// The source took back every epoch up to this one.
+    fn withdrawn(&mut self, epoch: Epoch) {
         self.withdrawn = self.withdrawn.max(Some(epoch));
-        if self.closing.as_ref().is_some_and(|closing| closing.epoch == epoch) {
-            self.closing = None;
-        }
-        if matches!(self.phase, ShadowPhase::Preparing | ShadowPhase::Prepared) {
-            self.make(ShadowPhase::withdrawn).expect("checked just now");
+        // covered by: a_late_withdrawal_of_an_old_epoch_leaves_the_next_alone
+        if self.closing.as_ref().is_some_and(|closing| closing.epoch <= epoch) {
+            if matches!(self.phase, ShadowPhase::Preparing | ShadowPhase::Prepared) {
+                self.make(ShadowPhase::withdrawn).expect("checked just now");
+            }
+            // A shadow that starts on an operator's word keeps to what it was told.
+            if self.phase == ShadowPhase::Following {
+                self.closing = None;
+            }
         }
     }
 
@@ -433,8 +442,17 @@ impl Shadow {
             let text = format!("it said go for epoch {epoch} in term {term}, which does not follow");
             return self.drop_by(Fault::PeerMisbehaved(text));
         }
+        self.start(term);
+    }
+
+    fn start(&mut self, term: Term) {
         self.told = Some(term);
-        self.outputs.push_back(Output::Do(Step::Resume));
+        let epoch = self
+            .closing
+            .as_ref()
+            .expect("prepared for an epoch that was closed")
+            .epoch;
+        self.outputs.push_back(Output::Do(Step::Resume(epoch)));
     }
 
     fn acknowledge(&mut self) {

@@ -89,7 +89,10 @@ impl Encoder {
             self.scratch = contents;
             read?;
         }
-        if let Some(close) = plan.close {
+        // Asked after the pages were copied: see `Attempt`.
+        // covered by: an_attempt_withdrawn_before_its_last_batch_is_encoded_closes_nothing
+        let withdrawn = plan.attempt.is_some_and(|attempt| attempt.is_withdrawn());
+        if let Some(close) = plan.close.filter(|_| !withdrawn) {
             writer.close(Close {
                 digest: self.digest,
                 ..close

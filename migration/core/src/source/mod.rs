@@ -29,7 +29,7 @@ use std::time::Duration;
 use umbra_units::{BatchId, Bytes, Epoch, GuestId, Now, PageCount, PageId, Ratio, SessionId, Term};
 
 pub use encoder::{DEFAULT_CACHE, Encoded, Encoder};
-pub use switchover::SwitchoverOptions;
+pub use switchover::{Attempt, SwitchoverOptions};
 
 use crate::batch::{Close, PageCounts};
 use crate::error::{Fault, Refused};
@@ -41,7 +41,7 @@ use crate::phase::SourcePhase;
 use crate::predict::{LinkFacts, PausePredictor};
 use crate::report::SwitchoverReport;
 use crate::wire::{Hello, Message, VERSIONS};
-use switchover::{Final, Switching};
+use switchover::{Due, Final, Switching};
 
 /// How a source behaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -128,6 +128,8 @@ pub struct Plan {
     pub urgent: bool,
     /// Closes the epoch, if present: what the encoder completes with its digest.
     pub close: Option<Close>,
+    /// The attempt at a final epoch that this is part of, if it is: it may be taken back before this is encoded.
+    pub attempt: Option<Attempt>,
 }
 
 /// A source's account of itself.
@@ -169,6 +171,8 @@ pub struct Source {
     ledger: Ledger,
     predictor: PausePredictor,
     outputs: VecDeque<Output>,
+    /// Whether writes are being recorded. A page copied before that could be written again unseen.
+    tracked: bool,
     /// A harvest was asked for and not yet answered.
     harvesting: bool,
     next_harvest: Now,
@@ -180,6 +184,8 @@ pub struct Source {
     readiness: Option<Vec<String>>,
     switching: Option<Switching>,
     closing: Option<Final>,
+    /// Answers to steps of final epochs.
+    due: Due,
     counts: PageCounts,
     shipped: Bytes,
     ended: bool,
@@ -211,6 +217,7 @@ impl Source {
             ledger: Ledger::new(spaces),
             predictor: PausePredictor::new(),
             outputs: VecDeque::from([Output::Send(Message::Hello(hello))]),
+            tracked: false,
             harvesting: false,
             next_harvest: Now::NEVER,
             latest_harvest: PageCount::ZERO,
@@ -219,6 +226,7 @@ impl Source {
             readiness: None,
             switching: None,
             closing: None,
+            due: Due::default(),
             counts: PageCounts::default(),
             shipped: Bytes::ZERO,
             ended: false,
@@ -333,6 +341,9 @@ impl Source {
             Message::Unprepared { .. } => {} // answers a final epoch that was taken back meanwhile
             Message::Running { term, resume_us } => self.runs_there(now, term, resume_us),
             Message::Declined { term, text } => self.declined(term, &text),
+            // Only a shadow that abandoned its session says goodbye, and such a shadow never runs the guest.
+            // covered by: a_shadow_that_was_ended_before_it_heard_go_hands_the_guest_back
+            Message::Goodbye { text } if self.phase == SourcePhase::HandedOver => self.declined(self.term, &text),
             Message::Goodbye { text } => self.end_by(Fault::PeerEnded(text)),
             Message::Hello(_) | Message::Go { .. } | Message::Withdraw { .. } => {
                 self.end_by(Fault::PeerMisbehaved("it sent what only a source says".to_owned()));
@@ -365,6 +376,7 @@ impl Source {
     /// The answer to [`Step::Track`]: pages that were never touched are zeros, as at the shadow, and need not travel.
     pub fn handle_tracked(&mut self, now: Now, untouched: &Harvest) {
         self.ledger.untouched(untouched);
+        self.tracked = true;
         self.progressed(now);
     }
 
@@ -417,7 +429,9 @@ impl Source {
     }
 
     fn bulk_plan(&mut self) -> Option<Plan> {
-        if self.ledger.batches_in_flight() >= limits::BATCHES_IN_FLIGHT || self.ledger.owed() == PageCount::ZERO {
+        let room = self.ledger.batches_in_flight() < limits::BATCHES_IN_FLIGHT;
+        // covered by: nothing_is_copied_before_writes_are_recorded
+        if !self.tracked || !room || self.ledger.owed() == PageCount::ZERO {
             return None;
         }
         let (batch, pages) = self.ledger.take(self.config.batch_pages);
@@ -428,6 +442,7 @@ impl Source {
             owed_after: self.ledger.owed(),
             urgent: false,
             close: None,
+            attempt: None,
         })
     }
 
@@ -517,7 +532,7 @@ impl Source {
             self.outputs
                 .push_back(Output::Event(Event::SwitchoverFailed { text: text.to_owned() }));
         }
-        self.closing = None;
+        self.forget_final();
         if was_final {
             self.outputs.push_back(Output::Do(Step::Resume));
         }
@@ -537,7 +552,7 @@ impl Source {
     fn take_back(&mut self, text: &str) {
         self.term = self.term.next();
         self.switching = None;
-        self.closing = None;
+        self.forget_final();
         self.outputs
             .push_back(Output::Event(Event::SwitchoverFailed { text: text.to_owned() }));
         self.outputs.push_back(Output::Do(Step::Resume));

@@ -1,5 +1,7 @@
 //! The source's part of a switchover: shrinking the debt, the decision to stop, the final epoch, the commit point.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use umbra_units::{BatchId, Bytes, Epoch, Now, PageCount, PageId, Term};
@@ -58,9 +60,35 @@ pub(super) struct Switching {
     obstacle: String,
 }
 
+/// One attempt at a final epoch, as the plans that wait to be encoded see it: it may be taken back meanwhile, and then
+/// the guest runs on under the encoder's hands. What such an encoder copies is still good to follow with, but no cut.
+#[derive(Debug, Clone, Default)]
+pub struct Attempt(Arc<AtomicBool>);
+
+impl Attempt {
+    /// Whether it was taken back. Said before the guest is let run on, so whoever has copied pages and *then* hears no
+    /// has copied them from a guest that stood still.
+    pub fn is_withdrawn(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn withdraw(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+impl PartialEq for Attempt {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Attempt {}
+
 /// A final epoch under way. Moments are `None` until they have come.
 #[derive(Debug)]
 pub(super) struct Final {
+    pub(super) attempt: Attempt,
     predicted: Duration,
     stop_pages: PageCount,
     asked: Now,
@@ -81,9 +109,45 @@ pub(super) struct Final {
     gave_up: Option<Now>,
 }
 
+/// Answers that are still to come, of steps asked in this final epoch and in those taken back before: a host may be
+/// slow, and a new attempt may begin before it has done the steps of the last. Steps of one kind are answered in order.
+#[derive(Debug, Default)]
+pub(super) struct Due {
+    pause: Answers,
+    save: Answers,
+    audit: Answers,
+}
+
+#[derive(Debug, Default)]
+struct Answers {
+    due: u32,
+    /// Of those, answers that nobody wants any more.
+    stale: u32,
+}
+
+impl Answers {
+    /// An answer came. Whether it is this final epoch's.
+    // covered by: the_answers_of_a_withdrawn_attempt_are_not_taken_for_those_of_the_next
+    const fn came(&mut self) -> bool {
+        self.due = self.due.saturating_sub(1);
+        let wanted = self.stale == 0;
+        self.stale = self.stale.saturating_sub(1);
+        wanted
+    }
+}
+
+impl Due {
+    const fn forget(&mut self) {
+        self.pause.stale = self.pause.due;
+        self.save.stale = self.save.due;
+        self.audit.stale = self.audit.due;
+    }
+}
+
 impl Final {
-    const fn new(now: Now, predicted: Duration, stop_pages: PageCount, audit: bool) -> Self {
+    fn new(now: Now, predicted: Duration, stop_pages: PageCount, audit: bool) -> Self {
         Self {
+            attempt: Attempt::default(),
             predicted,
             stop_pages,
             asked: now,
@@ -185,6 +249,9 @@ impl Source {
 
     /// The answer to [`Step::Pause`].
     pub fn handle_paused(&mut self, now: Now) {
+        if !self.due.pause.came() {
+            return;
+        }
         if let Some(closing) = self.closing.as_mut().filter(|closing| closing.paused.is_none()) {
             closing.paused = Some(now);
         }
@@ -192,6 +259,9 @@ impl Source {
 
     /// The answer to [`Step::Save`].
     pub fn handle_saved(&mut self, now: Now, records: Vec<StateRecord>) {
+        if !self.due.save.came() {
+            return;
+        }
         let Some(closing) = self.closing.as_mut().filter(|closing| closing.saved.is_none()) else {
             return;
         };
@@ -212,6 +282,9 @@ impl Source {
 
     /// The answer to [`Step::Audit`]: the pages whose memory is not what was shipped.
     pub fn handle_audited(&mut self, now: Now, differing: &[PageId]) {
+        if !self.due.audit.came() {
+            return; // the guest may have run on before it was compared
+        }
         let Some(closing) = &mut self.closing else { return };
         if differing.is_empty() {
             closing.audited = true;
@@ -300,6 +373,8 @@ impl Source {
         self.outputs
             .push_back(Output::Event(Event::StopDecided { debt, predicted }));
         self.closing = Some(Final::new(now, predicted, debt, audit));
+        self.due.pause.due += 1;
+        self.due.save.due += 1;
         self.outputs.push_back(Output::Do(Step::Pause));
         // Writes that were under way when the vCPUs stopped are in the first harvest; saving device state may itself
         // write to guest memory, and that is what the second is for (DESIGN §3.2).
@@ -339,6 +414,7 @@ impl Source {
             closing.closing_batch = Some(batch);
             let records = closing.records.take().expect("saved before the second harvest");
             if audit {
+                self.due.audit.due += 1;
                 self.outputs.push_back(Output::Do(Step::Audit));
             }
             Some(Close {
@@ -349,6 +425,7 @@ impl Source {
         } else {
             None
         };
+        let attempt = self.closing.as_ref().map(|closing| closing.attempt.clone());
         Some(Plan {
             batch,
             epoch: self.epoch,
@@ -356,6 +433,7 @@ impl Source {
             owed_after,
             urgent: true,
             close,
+            attempt,
         })
     }
 
@@ -432,7 +510,7 @@ impl Source {
             self.predictor
                 .measured(&closing.breakdown(now, Duration::ZERO), closing.state_bytes);
         }
-        self.closing = None;
+        self.forget_final();
         self.switching = None;
         self.harvesting = false;
         self.outputs.push_back(Output::Do(Step::Resume));
@@ -443,6 +521,14 @@ impl Source {
         self.outputs
             .push_back(Output::Event(Event::SwitchoverFailed { text: text.to_owned() }));
         self.epoch = self.epoch.next();
+    }
+
+    /// The final epoch, if one was under way, is over without a handover: the guest may run on here after this.
+    pub(super) fn forget_final(&mut self) {
+        if let Some(closing) = self.closing.take() {
+            closing.attempt.withdraw();
+        }
+        self.due.forget();
     }
 
     fn give_switchover_up(&mut self, text: &str) {
