@@ -25,11 +25,11 @@ use core::future::{Future, pending};
 use core::pin::{Pin, pin};
 use core::task::{Context, Poll, Waker};
 use core::time::Duration;
-use quinn::{Connection, ConnectionError, RecvStream, SendStream, VarInt};
+use quinn::{Connection, ConnectionError, ReadToEndError, RecvStream, SendStream, VarInt};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep_until, timeout};
 use umbra_paths::{
     BlockId, Class, Link, LinkConfig, Output, PathFacts, PathSample, PeerMisbehaved, Priority, StreamId,
@@ -61,6 +61,9 @@ const TURN: usize = 64;
 
 /// How long a closing link waits for what was sent to arrive.
 const LINGER: Duration = Duration::from_millis(500);
+
+/// How long the peer is given to acknowledge that the link is over.
+const FAREWELL: Duration = Duration::from_millis(300);
 
 /// How long after the first "closed" of a peer the other paths may still bring what was sent before it.
 const LAST_WORDS: Duration = Duration::from_millis(200);
@@ -161,6 +164,8 @@ enum Arrival {
         generation: u64,
         text: String,
     },
+    /// The peer says that the link is over, and why.
+    Farewell { text: String },
     /// The connection has ended and everything it brought has been handed in.
     Gone {
         path: PathId,
@@ -401,6 +406,7 @@ impl Driver {
                 let result = self.link.handle_stream(self.now(), path, bytes);
                 self.judge(path, result);
             }
+            Arrival::Farewell { text } => self.end(Ended::ClosedByPeer(text), Instant::now() + LAST_WORDS),
             Arrival::Bad { path, generation, text } => {
                 if self.is_current(path, generation) {
                     self.misbehaved(path, text);
@@ -733,12 +739,17 @@ impl Driver {
         };
         let mut reason = text.as_bytes();
         reason = &reason[..reason.len().min(limits::REASON_TEXT)];
+        if !matches!(ending.why, Ended::ClosedByPeer(_) | Ended::PeerForgot(_)) {
+            let _ = timeout(FAREWELL, self.tell(reason)).await;
+        }
         for conn in self.connections.values() {
             conn.connection.close(code, reason);
         }
         // A path that has just joined must hear it too, or the other end would wait for this one for ever.
-        while let Some(Ok(Joining::Up(_, connection))) = self.joinings.as_mut().map(mpsc::Receiver::try_recv) {
-            connection.close(code, reason);
+        while let Some(Ok(joining)) = self.joinings.as_mut().map(mpsc::Receiver::try_recv) {
+            if let Joining::Up(_, connection) = joining {
+                connection.close(code, reason);
+            }
         }
         // The last packet of a connection leaves when its own task has had a turn. Its end is seen by our readers in
         // the same turn, so when they are through the packet is on its way.
@@ -753,6 +764,19 @@ impl Driver {
             let _ = done.send(());
         }
         ending.why
+    }
+
+    /// Tell the peer that the link is over. Completes when it knows by one path, or can be told by none.
+    async fn tell(&self, reason: &[u8]) {
+        // The last packet of a connection is sent once and, by quinn, not at all while the congestion window is full. So
+        // the peer is told on a stream, which is repeated until it has arrived.
+        let farewells = self.connections.values().map(|conn| farewell(&conn.connection, reason));
+        let mut telling: JoinSet<bool> = farewells.collect();
+        while let Some(told) = telling.join_next().await {
+            if told.unwrap_or(false) {
+                return;
+            }
+        }
     }
 }
 
@@ -832,7 +856,7 @@ enum Stage {
 
 /// A stream that is reset unless it is finished: quinn finishes a dropped stream, and half a block must never look like
 /// a whole one.
-struct HalfWritten(Option<SendStream>);
+pub(crate) struct HalfWritten(pub(crate) Option<SendStream>);
 
 impl Drop for HalfWritten {
     fn drop(&mut self) {
@@ -875,10 +899,42 @@ fn at_once(writing: &mut Writing) -> Poll<Option<SendStream>> {
     pin!(writing.write()).poll(&mut Context::from_waker(Waker::noop()))
 }
 
+/// Say the reason before everything else that waits on this connection. Whether the peer has it.
+fn farewell(connection: &Connection, reason: &[u8]) -> impl Future<Output = bool> + use<> {
+    let (connection, reason) = (connection.clone(), reason.to_vec());
+    async move {
+        let Ok((mut send, _recv)) = connection.open_bi().await else {
+            return false;
+        };
+        let _ = send.set_priority(i32::MAX);
+        let said = send.write_all(&reason).await.is_ok() && send.finish().is_ok();
+        said && matches!(send.stopped().await, Ok(None))
+    }
+}
+
+/// Wait for the peer's farewell.
+async fn hear_farewell(connection: &Connection, path: PathId, generation: u64, out: &Outlets) {
+    let Ok((_send, mut recv)) = connection.accept_bi().await else {
+        return;
+    };
+    let arrival = match recv.read_to_end(limits::REASON_TEXT).await {
+        Ok(reason) => Arrival::Farewell {
+            text: readable(&reason, limits::REASON_TEXT),
+        },
+        Err(ReadToEndError::TooLong) => {
+            let text = format!("farewell longer than {} bytes", limits::REASON_TEXT);
+            Arrival::Bad { path, generation, text }
+        }
+        Err(ReadToEndError::Read(_)) => return,
+    };
+    let _ = out.arrivals.send(arrival).await;
+}
+
 /// Read everything that a connection brings, until it ends; then say that it did.
 async fn supervise(connection: Connection, path: PathId, generation: u64, out: Outlets) {
     let (busy, mut idle) = mpsc::channel::<()>(1);
-    let ((), error) = tokio::join!(
+    let ((), (), error) = tokio::join!(
+        hear_farewell(&connection, path, generation, &out),
         read_datagrams(&connection, path, &out),
         accept_streams(&connection, path, generation, &out, busy)
     );
@@ -940,7 +996,7 @@ async fn accept_streams(
 }
 
 /// Why a stream brings nothing.
-enum Unfit {
+pub(crate) enum Unfit {
     /// It was reset, or its connection ended.
     Gone,
     /// No correct peer sends that.
@@ -948,7 +1004,7 @@ enum Unfit {
 }
 
 /// Read one stream to its end. What has been read is counted against the link's bound until the driver has taken it.
-async fn read_stream(
+pub(crate) async fn read_stream(
     mut stream: RecvStream,
     unfinished: &Arc<Semaphore>,
 ) -> Result<(Bytes, Option<OwnedSemaphorePermit>), Unfit> {

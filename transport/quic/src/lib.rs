@@ -64,6 +64,8 @@ pub mod connect;
 mod driver;
 pub mod error;
 pub mod handle;
+#[cfg(test)]
+mod hostile;
 pub mod identity;
 pub mod join;
 pub mod limits;

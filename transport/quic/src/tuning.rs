@@ -114,8 +114,8 @@ impl Tuning {
             .receive_window(VarInt::from_u32(CONNECTION_WINDOW))
             .send_window(u64::from(CONNECTION_WINDOW))
             .max_concurrent_uni_streams(VarInt::from_u32(limits::STREAMS))
-            // The join, and nothing after it.
-            .max_concurrent_bidi_streams(VarInt::from_u32(1))
+            // The join at the beginning and the farewell at the end.
+            .max_concurrent_bidi_streams(VarInt::from_u32(2))
             // Blocks of one priority one after the other: half of them whole is worth more than all of them half.
             .send_fairness(false)
             .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER))

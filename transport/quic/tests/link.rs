@@ -301,13 +301,13 @@ async fn a_path_leaves_from_the_local_address_it_was_given() {
     let mut world = World::new(1);
     let mut config = world.to(world.listener.addrs());
     config.paths[0].local = Some("127.0.0.2:0".parse().unwrap());
-    let (source, incoming) = soon("a link", async {
-        tokio::join!(connect(config), world.listener.accept())
-    })
-    .await;
-    assert_eq!(incoming.remote().ip().to_string(), "127.0.0.2");
-    drop(incoming);
-    drop(source);
+    let accepted = async {
+        let incoming = world.listener.accept().await;
+        (incoming.remote(), incoming.accept(LinkConfig::default()))
+    };
+    let (source, (remote, _shadow)) = soon("a link", async { tokio::join!(connect(config), accepted) }).await;
+    source.unwrap();
+    assert_eq!(remote.ip().to_string(), "127.0.0.2");
 }
 
 #[tokio::test]
@@ -503,6 +503,27 @@ fn a_restarted_listener_does_not_take_a_running_link_for_a_new_one() {
 }
 
 #[tokio::test]
+async fn paths_that_lead_to_different_ends_make_no_link() {
+    let mut world = World::new(1);
+    let mut other = listen(
+        &world.shadow,
+        world.source.fingerprint(),
+        &["127.0.0.1:0".parse().unwrap()],
+    );
+    let config = world.to(&[world.listener.addrs()[0], other.addrs()[0]]);
+    let accepted = async {
+        let here = world.listener.accept().await.accept(LinkConfig::default());
+        (here, other.accept().await.accept(LinkConfig::default()))
+    };
+    let (source, _both) = soon("a link", async { tokio::join!(connect(config), accepted) }).await;
+    let why = end_of(&mut source.unwrap()).await;
+    assert!(
+        matches!(why, Ended::PeerForgot(_)) && why.to_string().contains("different ends"),
+        "{why}"
+    );
+}
+
+#[tokio::test]
 async fn what_was_sent_before_a_close_arrives_before_the_end() {
     let mut world = World::new(2);
     let targets = world.listener.addrs().to_vec();
@@ -602,5 +623,6 @@ async fn the_handle_says_how_its_connections_are() {
         "loopback carries more than a network: {stats:?}"
     );
     assert_eq!(stats.link.blocks_sent, 50);
-    assert!(*source.room().borrow() > 0);
+    let mut room = source.room();
+    soon("room", room.wait_for(|room| *room > 0)).await.unwrap();
 }
