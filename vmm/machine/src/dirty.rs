@@ -61,6 +61,8 @@ pub(crate) struct Tracker {
 
 struct State {
     on: bool,
+    /// No harvest was taken since recording began.
+    first: bool,
     /// Pages the next harvest must report whatever the logs say.
     owed: PageSet,
 }
@@ -71,6 +73,7 @@ impl Tracker {
             log,
             state: Mutex::new(State {
                 on: false,
+                first: false,
                 owed: PageSet::new(space.pages),
             }),
         }
@@ -83,6 +86,7 @@ impl Tracker {
                 // What devices wrote before is in memory for whoever starts copying now.
                 memory.forget_device_writes();
                 self.log.start(memory.blocks())?;
+                state.first = true;
             }
             (true, false) => self.log.stop(memory.blocks())?,
             _ => {}
@@ -118,7 +122,12 @@ impl Tracker {
             }
             join(&mut words, block, &memory.take_device_writes(block));
         }
-        let dirty = PageSet::from_words(words, memory.space().pages);
+        let mut dirty = PageSet::from_words(words, memory.space().pages);
+        // A log may begin with every page set. What is a hole *now*, after the log was cleared, was never written; what
+        // is written from here on is in the next harvest.
+        if std::mem::take(&mut state.first) {
+            dirty.subtract(&memory.holes());
+        }
         if let Some(error) = failed {
             state.owed = dirty;
             return Err(error);

@@ -473,6 +473,12 @@ impl Guest for Machine {
         Ok(self.tracker.track(&self.memory, on)?)
     }
 
+    fn untouched(&self) -> Harvest {
+        Harvest {
+            dirty: vec![(SpaceId::RAM, self.memory.holes())],
+        }
+    }
+
     fn harvest(&self) -> Result<Harvest, GuestError> {
         Ok(self.tracker.harvest(&self.memory)?)
     }

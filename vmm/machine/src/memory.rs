@@ -27,13 +27,14 @@
 use std::arch::asm;
 use std::fs::File;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use umbra_core::guest::{PageBytes, Space};
-use umbra_units::{Gpa, PAGE_SIZE, PageCount, Pfn};
+use umbra_units::{Gpa, PAGE_SIZE, PageCount, PageSet, Pfn};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
@@ -155,6 +156,20 @@ impl Memory {
             .get_mmap()
     }
 
+    /// Pages that certainly hold zeros: holes of a memfd, which nobody has written since the guest was built. None of
+    /// private memory, of which the kernel does not tell.
+    pub(crate) fn holes(&self) -> PageSet {
+        let mut holes = PageSet::new(self.space.pages);
+        for block in &self.blocks {
+            for hole in block.holes() {
+                (hole.start..hole.end).for_each(|n| {
+                    holes.insert(block.first + PageCount(n));
+                });
+            }
+        }
+        holes
+    }
+
     /// Copy pages to the end of `out`, in order.
     pub(crate) fn read_pages(&self, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), Error> {
         out.reserve(pages.len() * PAGE_SIZE);
@@ -249,6 +264,24 @@ impl Block {
             doing: "place guest memory",
             source: std::io::Error::other("it ends beyond the address space"),
         })
+    }
+
+    /// The runs of pages that are not backed, ascending. What cannot be found out is left out.
+    fn holes(&self) -> Vec<Range<u64>> {
+        let mut holes = Vec::new();
+        let Some(file) = &self.file else { return holes };
+        let end = self.pages.bytes();
+        let mut at = 0;
+        while at < end {
+            let Some(hole) = seek(file, at, libc::SEEK_HOLE).filter(|hole| *hole < end) else {
+                break;
+            };
+            // No data behind a hole is reported as an error (ENXIO, lseek(2)): the hole reaches to the end.
+            let data = seek(file, hole, libc::SEEK_DATA).unwrap_or(end);
+            holes.push(PageCount::holding(hole).0..data / PAGE_SIZE as u64);
+            at = data;
+        }
+        holes
     }
 
     fn is_touched(&self, index: usize) -> bool {
@@ -418,6 +451,14 @@ unsafe fn copy_page(from: *const u8, to: *mut u8) {
     }
 }
 
+/// Where the next hole or data of `file` begins, at or after `from`.
+fn seek(file: &File, from: u64, whence: libc::c_int) -> Option<u64> {
+    let from = libc::off_t::try_from(from).ok()?;
+    // SAFETY: only moves the descriptor's offset, which nothing else here uses: files are read by position.
+    let found = unsafe { libc::lseek(file.as_raw_fd(), from, whence) };
+    u64::try_from(found).ok()
+}
+
 /// A file in memory, `bytes` long and empty.
 fn memfd(bytes: usize) -> Result<File, Error> {
     // SAFETY: the name is a C string; no other memory is involved.
@@ -505,6 +546,22 @@ mod tests {
         assert_eq!(backed(&memory), 0);
         memory.apply_page(Pfn(5), &[1; PAGE_SIZE]).unwrap();
         assert_ne!(backed(&memory), 0);
+    }
+
+    #[test]
+    fn holes_are_exactly_the_pages_nobody_wrote() {
+        let shared = memory(8, Sharing::Shared);
+        assert_eq!(shared.holes().count(), shared.space.pages);
+        for page in [0, 700, 701, shared.space.pages.0 - 1] {
+            shared.apply_page(Pfn(page), &[1; PAGE_SIZE]).unwrap();
+        }
+        let mut written = PageSet::full(shared.space.pages);
+        written.subtract(&shared.holes());
+        assert_eq!(
+            written.iter().map(|page| page.0).collect::<Vec<_>>(),
+            [0, 700, 701, shared.space.pages.0 - 1]
+        );
+        assert!(memory(8, Sharing::Private).holes().is_empty(), "nobody knows");
     }
 
     #[test]
