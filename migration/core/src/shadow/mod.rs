@@ -355,8 +355,16 @@ impl Shadow {
     /// An operator vouches that the source is dead and will not return: run the final epoch that stands prepared.
     pub fn vouch(&mut self) -> Result<(), Refused> {
         self.make(ShadowPhase::vouched)?;
-        // The source may have given the guest up to the next term before it died; whichever, that one is void now.
-        let term = self.hello.as_ref().expect("prepared for somebody").term.next().next();
+        // The next term may have been given to us before the source died, and the one after it is what a source takes when
+        // an operator vouches on that side (`Source::reclaim`): two wrong words must not give two guests one term.
+        let term = self
+            .hello
+            .as_ref()
+            .expect("prepared for somebody")
+            .term
+            .next()
+            .next()
+            .next();
         self.start(term);
         Ok(())
     }
