@@ -39,6 +39,8 @@ pub(crate) struct Urgent {
     pub(crate) layout: Option<Layout>,
     /// Datagrams queued or sent whose fate is unknown.
     pub(crate) unsettled: usize,
+    /// Nothing is repaired again before this.
+    pub(crate) repair_after: Now,
     /// Parity of each stripe, once it was needed.
     pub(crate) parity: Vec<Option<Vec<Bytes>>>,
 }

@@ -218,6 +218,9 @@ impl Ack {
     }
 
     fn read(r: &mut Reader<'_>) -> Result<Self, PeerMisbehaved> {
+        if r.remaining() > limits::ACK_BYTES {
+            return Err(r.malformed("ack length").into());
+        }
         let number = r.u64("ack number")?;
         let flags = r.u8("ack flags")?;
         if flags & !(FLAG_ECHO | FLAG_GAPS | FLAG_MORE) != 0 {
@@ -268,9 +271,16 @@ impl Ack {
             };
             for _ in 0..r.u8("gap blocks")? {
                 let id = BlockId(r.u64("gap block")?);
-                let mut stripes = Vec::new();
+                // Growing, so that no stripe is asked for twice: a repair is never more than the block.
+                if gaps.blocks.last().is_some_and(|before: &BlockGaps| before.id >= id) {
+                    return Err(r.malformed("gap block").into());
+                }
+                let mut stripes: Vec<(u16, Vec<u8>)> = Vec::new();
                 for _ in 0..r.u16("gap stripes")? {
                     let stripe = r.u16("gap stripe")?;
+                    if stripes.last().is_some_and(|(before, _)| *before >= stripe) {
+                        return Err(r.malformed("gap stripe").into());
+                    }
                     let len = usize::from(r.u8("gap bitmap length")?);
                     stripes.push((stripe, r.take(len, "gap bitmap")?.to_vec()));
                 }
@@ -622,6 +632,28 @@ mod tests {
             let datagram = frame.clone().into_datagram(PathId(9), 77);
             assert_eq!(Frame::from_datagram(&datagram).unwrap(), (PathId(9), 77, frame));
         }
+    }
+
+    #[test]
+    fn nothing_missing_is_asked_for_twice() {
+        let ask = |blocks: &[(u64, &[u16])]| {
+            let stripes = |stripes: &[u16]| stripes.iter().map(|stripe| (*stripe, vec![0])).collect();
+            let blocks = blocks
+                .iter()
+                .map(|(id, s)| BlockGaps {
+                    id: BlockId(*id),
+                    stripes: stripes(s),
+                })
+                .collect();
+            let ack = Ack {
+                gaps: Some(Gaps { more: false, blocks }),
+                ..Ack::default()
+            };
+            Frame::from_datagram(&Frame::Ack(ack).into_datagram(PathId(0), 0))
+        };
+        assert!(ask(&[(1, &[0, 1]), (2, &[0])]).is_ok());
+        assert!(ask(&[(1, &[0, 0])]).is_err());
+        assert!(ask(&[(1, &[0]), (1, &[1])]).is_err());
     }
 
     #[test]

@@ -346,8 +346,8 @@ impl Link {
         Some(event)
     }
 
-    /// Bytes of bulk the paths would take now without queueing on dead or full ones. While this is zero, wait for
-    /// [`LinkEvent::BlockDelivered`].
+    /// Bytes of bulk the paths would take now without queueing on dead or full ones. While this is zero, look again after
+    /// the next fact: a delivered block, an answer, a returning path each may make room.
     pub fn room(&self) -> usize {
         let of_path = |path: &Path| path.window().saturating_sub(path.outstanding());
         let paths: u64 = self
@@ -523,7 +523,9 @@ impl Link {
             .acknowledge(ack.message_next, ack.message_seen, ack.message_taken)?
         {
             // Where it lay on more than one path, nobody knows which one brought it.
-            self.cancel(&done.laid[1.min(done.laid.len())..]);
+            if done.laid.len() > 1 {
+                self.cancel(&done.laid);
+            }
         }
         for (id, held) in self.blocks.acknowledge(ack.block_next, &ack.ranges, ack.block_taken)? {
             self.delivered(id, held);
@@ -808,17 +810,17 @@ impl Link {
             .outbox
             .select(|message| !message.laid.iter().any(trusted) || (overdue && message.due <= self.now));
         for number in again {
-            self.count.messages_resent += 1;
-            self.lay_message(number, &paths);
+            let laid = self.lay_message(number, &paths);
+            self.count.messages_resent += u64::from(laid);
         }
     }
 
     /// Lay a message on the best path where it is not yet; on a lossy one with a copy on the next. A path that is up and
-    /// has it already needs no second one: its connection repairs losses itself.
-    fn lay_message(&mut self, number: u64, paths: &[PathId]) {
+    /// has it already needs no second one: its connection repairs losses itself. Says whether it was laid anywhere.
+    fn lay_message(&mut self, number: u64, paths: &[PathId]) -> bool {
         let now = self.now;
         let Some(message) = self.outbox.get_mut(number) else {
-            return;
+            return false;
         };
         let first = message.tries == 0;
         let fresh = paths
@@ -837,7 +839,7 @@ impl Link {
         message.due = now + (best.rto() + needed) * (1 << message.tries.min(6));
         message.tries += 1;
         let (Some(id), bytes) = (fresh, message.bytes.clone()) else {
-            return;
+            return false;
         };
         let lossy = best.estimator.loss_seen() > COPY_LOSS;
         let laid = Laid {
@@ -863,7 +865,7 @@ impl Link {
         });
         let second = paths.iter().find(|other| **other != id && first && lossy).copied();
         let Some(second) = second.and_then(|second| self.paths.get_mut(&second)) else {
-            return;
+            return true;
         };
         if second.max_datagram >= MESSAGE_HEAD + bytes.len() {
             let (path, datagram) = (second.id, second.number());
@@ -875,6 +877,7 @@ impl Link {
             self.outputs.push_back(Output::Datagram { path, bytes: output });
             self.book_message(path, bytes.len());
         }
+        true
     }
 
     fn book_message(&mut self, id: PathId, bytes: usize) {
@@ -1279,15 +1282,26 @@ impl Link {
 
     /// What the peer lacks of our urgent blocks: repair those of which nothing is under way any more.
     fn on_gaps(&mut self, gaps: &Gaps) {
+        // No honest peer can know the fate of a repair sooner; another one must not make us send without end.
+        let rtts = self
+            .paths
+            .values()
+            .filter(|path| path.is_up())
+            .map(|path| path.estimator.rtt_min());
+        let rtt = rtts.min().unwrap_or(ACK_DELAY) / 2;
         let under_way: Vec<BlockId> = self.blocks.urgent_under_way.iter().copied().collect();
         for id in under_way {
             let listed = gaps.blocks.iter().find(|block| block.id == id);
             self.lift_landed(id, listed.map(|block| &block.stripes[..]), gaps.more);
             let Some(held) = self.blocks.get(id) else { continue };
-            if held.urgent.unsettled > 0 || self.lies_on_trusted(id) || !self.carrying {
+            let asked_too_often = self.now < held.urgent.repair_after;
+            if held.urgent.unsettled > 0 || self.lies_on_trusted(id) || !self.carrying || asked_too_often {
                 continue;
             }
             let (layout, len) = (held.urgent.layout, held.bytes.len());
+            if let Some(held) = self.blocks.get_mut(id) {
+                held.urgent.repair_after = self.now + rtt;
+            }
             match (layout, listed) {
                 (Some(layout), Some(listed)) => {
                     let missing = missing_runs(layout, &listed.stripes);

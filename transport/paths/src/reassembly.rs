@@ -556,9 +556,9 @@ mod tests {
     fn a_flood_and_a_contradiction_are_the_peers_fault() {
         let mut inbox = Inbox::default();
         let layout = Layout::new(limits::BLOCK_BYTES, 1_024, 128, 1).unwrap();
-        let window = limits::BLOCK_WINDOW_BYTES as usize / limits::BLOCK_BYTES;
+        let window = limits::BLOCK_WINDOW_BYTES / limits::BLOCK_BYTES as u64;
         let shard = Bytes::from(vec![0; 1_024]);
-        for id in 0..window as u64 {
+        for id in 0..window {
             inbox.shard(BlockId(id), layout, (0, 0), shard.clone()).unwrap();
         }
         let flood = inbox.shard(BlockId(99), layout, (0, 0), shard.clone());

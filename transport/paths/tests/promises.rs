@@ -218,7 +218,7 @@ fn a_dead_connection_costs_a_round_trip_not_a_timeout() {
     }
     pour(&mut world, 12 << 20);
     let slowest = quantile(world.message_times(0), 1.0);
-    assert!(slowest < 2 * rtt, "{slowest:?}");
+    assert!(slowest < rtt * 3 / 2, "{slowest:?}");
 }
 
 #[test]

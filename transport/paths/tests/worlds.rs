@@ -1,5 +1,6 @@
 //! Whole links in simulated worlds: first whatever may happen happens and nothing may be wrong, then it heals and
-//! everything must arrive. A failing seed is a bug report: `UMBRA_SEED=n cargo test -p umbra-paths --test worlds`.
+//! everything must arrive. A failing seed is a bug report: `UMBRA_SEED=n cargo test -p umbra-paths --test worlds`
+//! replays it; `UMBRA_SEEDS=n` runs more of them.
 #![allow(clippy::unwrap_used, reason = "a test may fail by panicking, in its helpers too")]
 #![allow(
     clippy::cast_precision_loss,
@@ -168,7 +169,8 @@ fn whatever_the_weather_everything_arrives_once_and_intact() {
         }
         return;
     }
-    (0..300).for_each(|seed| drop(live(seed)));
+    let seeds = std::env::var("UMBRA_SEEDS").map_or(300, |n| n.parse().expect("UMBRA_SEEDS is a number"));
+    (0..seeds).for_each(|seed| drop(live(seed)));
 }
 
 #[test]
