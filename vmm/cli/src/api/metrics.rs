@@ -1,0 +1,131 @@
+//! The status as Prometheus reads it: one line per number, named with its unit.
+
+use core::fmt::{Display, Write};
+
+use crate::api::types::{GuestState, Role, Status};
+
+/// The text of `GET /api/v1/metrics`.
+pub(crate) fn text(status: &Status) -> String {
+    let mut page = Page(String::new());
+    page.one("umbra_uptime_seconds", "counter", status.uptime_ms / 1e3);
+    page.head("umbra_role", "gauge");
+    for (name, role) in [
+        ("running", Role::Running),
+        ("source", Role::Source),
+        ("shadow", Role::Shadow),
+    ] {
+        page.line("umbra_role", &format!("role=\"{name}\""), u8::from(status.role == role));
+    }
+    let runs = matches!(status.guest_state, GuestState::Running | GuestState::Switching);
+    page.one("umbra_guest_running", "gauge", u8::from(runs));
+    page.some("umbra_guest_memory_bytes", "gauge", status.memory_bytes);
+    page.some("umbra_term", "gauge", status.term);
+    page.some("umbra_pages", "gauge", status.pages);
+    page.some("umbra_seeded_ratio", "gauge", status.seeded);
+    page.some("umbra_debt_pages", "gauge", status.debt);
+    page.some("umbra_latest_harvest_pages", "gauge", status.latest_harvest);
+    page.some(
+        "umbra_predicted_pause_seconds",
+        "gauge",
+        status.predicted_pause_ms.map(|ms| ms / 1e3),
+    );
+    page.some("umbra_shipped_bytes_total", "counter", status.shipped_bytes);
+    if let Some(counts) = status.counts {
+        page.head("umbra_shipped_pages_total", "counter");
+        for (encoding, count) in [
+            ("same", counts.same),
+            ("zero", counts.zero),
+            ("delta", counts.delta),
+            ("raw", counts.raw),
+        ] {
+            page.line("umbra_shipped_pages_total", &format!("encoding=\"{encoding}\""), count);
+        }
+    }
+    page.some(
+        "umbra_parity_bytes_total",
+        "counter",
+        status.link.as_ref().map(|link| link.parity_bytes),
+    );
+    page.some(
+        "umbra_resent_bytes_total",
+        "counter",
+        status.link.as_ref().map(|link| link.resent_bytes),
+    );
+    if !status.paths.is_empty() {
+        page.paths(status);
+    }
+    page.0
+}
+
+struct Page(String);
+
+impl Page {
+    fn head(&mut self, name: &str, kind: &str) {
+        let _ = writeln!(self.0, "# TYPE {name} {kind}");
+    }
+
+    fn line(&mut self, name: &str, labels: &str, value: impl Display) {
+        let _ = writeln!(self.0, "{name}{{{labels}}} {value}");
+    }
+
+    fn one(&mut self, name: &str, kind: &str, value: impl Display) {
+        self.head(name, kind);
+        let _ = writeln!(self.0, "{name} {value}");
+    }
+
+    fn some(&mut self, name: &str, kind: &str, value: Option<impl Display>) {
+        if let Some(value) = value {
+            self.one(name, kind, value);
+        }
+    }
+
+    fn paths(&mut self, status: &Status) {
+        self.head("umbra_path_up", "gauge");
+        for path in &status.paths {
+            self.line(
+                "umbra_path_up",
+                &format!("path=\"{}\"", path.id),
+                u8::from(path.state == "up"),
+            );
+        }
+        self.head("umbra_path_rtt_seconds", "gauge");
+        for path in &status.paths {
+            self.line(
+                "umbra_path_rtt_seconds",
+                &format!("path=\"{}\"", path.id),
+                path.rtt_ms / 1e3,
+            );
+        }
+        self.head("umbra_path_loss_ratio", "gauge");
+        for path in &status.paths {
+            self.line("umbra_path_loss_ratio", &format!("path=\"{}\"", path.id), path.loss);
+        }
+        self.head("umbra_path_bytes_total", "counter");
+        for path in &status.paths {
+            self.line("umbra_path_bytes_total", &format!("path=\"{}\"", path.id), path.bytes);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::tests::source;
+
+    #[test]
+    fn every_number_has_a_type_and_a_unit_in_its_name() {
+        let text = text(&source());
+        for line in text.lines().filter(|line| !line.starts_with('#')) {
+            let (name, value) = line.rsplit_once(' ').unwrap();
+            let name = name.split('{').next().unwrap();
+            assert!(text.contains(&format!("# TYPE {name} ")), "{line}");
+            assert!(value.parse::<f64>().is_ok(), "{line}");
+        }
+        assert!(
+            text.contains("umbra_shipped_pages_total{encoding=\"delta\"} 300\n"),
+            "{text}"
+        );
+        assert!(text.contains("umbra_path_up{path=\"1\"} 0\n"), "{text}");
+        assert!(text.contains("umbra_predicted_pause_seconds 0.0123\n"), "{text}");
+    }
+}

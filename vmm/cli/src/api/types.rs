@@ -1,0 +1,496 @@
+//! What travels over the API socket. Names here are promises: they may be added to, never changed.
+//!
+//! Times are milliseconds as numbers with a fraction, sizes are bytes, shares lie between 0 and 1; the name says which.
+//! A field that does not apply is `null`, never missing.
+
+use core::time::Duration;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use umbra_core::batch;
+use umbra_core::report;
+
+pub(crate) use crate::args::{Compression, Verify};
+
+/// `GET /api/v1/ping`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Ping {
+    /// The program's version.
+    pub(crate) version: String,
+    /// The process.
+    pub(crate) pid: u32,
+    /// What the guest is called.
+    pub(crate) name: String,
+}
+
+/// What this process is to a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Role {
+    /// Its VMM; nobody shadows it.
+    Running,
+    /// Its VMM, with a shadow elsewhere.
+    Source,
+    /// Holds, or waits for, its shadow.
+    Shadow,
+    /// Was one of these; the process is about to end.
+    Ended,
+}
+
+/// What the guest itself is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum GuestState {
+    /// Its vCPUs run here.
+    Running,
+    /// An operator paused it here.
+    Paused,
+    /// A switchover is under way: it runs here, or is stopped for its final epoch.
+    Switching,
+    /// It was given up: only the shadow may run it.
+    HandedOver,
+    /// Not here: this is a shadow.
+    Elsewhere,
+    /// Over, or moved away.
+    Ended,
+}
+
+/// `GET /api/v1/status`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Status {
+    /// The program's version.
+    pub(crate) version: String,
+    /// The process.
+    pub(crate) pid: u32,
+    /// Since the process began.
+    pub(crate) uptime_ms: f64,
+    /// What this process is.
+    pub(crate) role: Role,
+    /// What people call the guest.
+    pub(crate) name: String,
+    /// The guest's identity, the same wherever it runs: 32 hexadecimal digits. `null` at a shadow nobody has come to.
+    pub(crate) guest: Option<String>,
+    /// What the guest is doing.
+    pub(crate) guest_state: GuestState,
+    /// The term the guest runs in, or was given up in.
+    pub(crate) term: Option<u64>,
+    /// How many vCPUs.
+    pub(crate) vcpus: Option<u8>,
+    /// How much memory.
+    pub(crate) memory_bytes: Option<u64>,
+    /// The fingerprint of this process's certificate: what the other side pins.
+    pub(crate) identity: String,
+    /// Where this process listens for sources.
+    pub(crate) listen: Vec<String>,
+    /// The fingerprint of the other side, while there is one.
+    pub(crate) peer: Option<String>,
+    /// The phase of the session: joining, seeding, following, ...; `null` without one.
+    pub(crate) phase: Option<String>,
+    /// The epoch that pages shipped now belong to. At a source only.
+    pub(crate) epoch: Option<u64>,
+    /// Pages the guest has.
+    pub(crate) pages: Option<u64>,
+    /// Share of them that the shadow has held at least once (at a source), or holds fresh (at a shadow).
+    pub(crate) seeded: Option<f64>,
+    /// Pages whose newest content the shadow has not acknowledged. At a source only.
+    pub(crate) debt: Option<u64>,
+    /// Pages found written by the latest harvest. At a source only.
+    pub(crate) latest_harvest: Option<u64>,
+    /// The pause if the guest were stopped now. At a source only.
+    pub(crate) predicted_pause_ms: Option<f64>,
+    /// Bytes of batches so far. At a source only.
+    pub(crate) shipped_bytes: Option<u64>,
+    /// How pages travelled so far.
+    pub(crate) counts: Option<PageCounts>,
+    /// Whether a switchover is under way.
+    pub(crate) switching: bool,
+    /// Everything that speaks against a switchover now.
+    pub(crate) reasons: Vec<String>,
+    /// Every path that was ever up.
+    pub(crate) paths: Vec<PathStatus>,
+    /// The paths together.
+    pub(crate) link: Option<LinkStatus>,
+    /// The latest long job, running or over.
+    pub(crate) job: Option<Job>,
+    /// The last switchover that this process was part of as the source.
+    pub(crate) last_switchover: Option<SwitchoverReport>,
+    /// The last thing that went wrong, on either side.
+    pub(crate) last_error: Option<String>,
+    /// Why the process is about to end.
+    pub(crate) exit: Option<String>,
+}
+
+/// How pages travelled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub(crate) struct PageCounts {
+    /// Not at all: the shadow has that very content.
+    pub(crate) same: u64,
+    /// As a word that says zero.
+    pub(crate) zero: u64,
+    /// As what changed.
+    pub(crate) delta: u64,
+    /// Whole (the batch may be compressed).
+    pub(crate) raw: u64,
+}
+
+impl From<batch::PageCounts> for PageCounts {
+    fn from(counts: batch::PageCounts) -> Self {
+        let batch::PageCounts { same, zero, delta, raw } = counts;
+        Self { same, zero, delta, raw }
+    }
+}
+
+/// One network route.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct PathStatus {
+    /// Its place in the operator's list.
+    pub(crate) id: u16,
+    /// Where it leaves from, if that was given.
+    pub(crate) local: Option<String>,
+    /// Where it goes.
+    pub(crate) remote: Option<String>,
+    /// `up`, `silent`, `stalled` or `down`.
+    pub(crate) state: String,
+    /// Smoothed round trip.
+    pub(crate) rtt_ms: f64,
+    /// What it is believed to carry, in megabits per second.
+    pub(crate) rate_mbit: f64,
+    /// Mean loss of packets.
+    pub(crate) loss: f64,
+    /// Bytes of blocks and messages sent on it.
+    pub(crate) bytes: u64,
+    /// Its share of all block bytes sent.
+    pub(crate) share: f64,
+    /// Bytes laid on it and not yet acknowledged.
+    pub(crate) outstanding_bytes: u64,
+    /// How often it was suspected.
+    pub(crate) suspected: u64,
+    /// How often its connection went away.
+    pub(crate) died: u64,
+}
+
+/// The paths together.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct LinkStatus {
+    /// Blocks accepted for sending.
+    pub(crate) blocks_sent: u64,
+    /// Of those, held by the other side.
+    pub(crate) blocks_delivered: u64,
+    /// Blocks received whole.
+    pub(crate) blocks_received: u64,
+    /// Parity bytes sent.
+    pub(crate) parity_bytes: u64,
+    /// Bytes sent again because their path died or was suspected.
+    pub(crate) resent_bytes: u64,
+    /// Bytes sent a second time so that a lagging path does not hold up the end.
+    pub(crate) reinjected_bytes: u64,
+    /// Received stripes that parity completed.
+    pub(crate) stripes_repaired: u64,
+}
+
+/// A long command: it was answered at once and goes on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Job {
+    /// Counted from one in each process.
+    pub(crate) id: u64,
+    /// What was asked for.
+    pub(crate) kind: JobKind,
+    /// How it stands.
+    pub(crate) state: JobState,
+    /// Why it failed.
+    pub(crate) error: Option<String>,
+    /// What it did, if it was a switchover that succeeded.
+    pub(crate) report: Option<SwitchoverReport>,
+}
+
+/// What was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum JobKind {
+    /// Move the guest.
+    Migrate,
+}
+
+/// How a job stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum JobState {
+    /// Under way.
+    Running,
+    /// It succeeded.
+    Done,
+    /// It did not.
+    Failed,
+}
+
+/// What a finished switchover did.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct SwitchoverReport {
+    /// The guest.
+    pub(crate) guest: String,
+    /// Where it runs now: the paths to there.
+    pub(crate) to: Vec<String>,
+    /// The final epoch.
+    pub(crate) epoch: u64,
+    /// The term the guest runs in now.
+    pub(crate) term: u64,
+    /// From the request to the shadow's word that the guest runs there.
+    pub(crate) total_ms: f64,
+    /// Rounds of shrinking the debt before the stop.
+    pub(crate) rounds: u32,
+    /// The pause as predicted when the guest was stopped.
+    pub(crate) predicted_ms: f64,
+    /// The pause as it was: from asking the vCPUs to stop to hearing that they run elsewhere.
+    pub(crate) pause_ms: f64,
+    /// Where the pause went. The parts add up to it.
+    pub(crate) breakdown_ms: Breakdown,
+    /// Pages left to send at the stop.
+    pub(crate) stop_pages: u64,
+    /// Bytes of the final epoch's batches.
+    pub(crate) final_bytes: u64,
+    /// How the final epoch's pages travelled.
+    pub(crate) final_counts: PageCounts,
+    /// Whether both sides compared all of memory.
+    pub(crate) audited: bool,
+}
+
+/// Where a pause went, in the order it happened.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub(crate) struct Breakdown {
+    /// Asking the vCPUs to stop until the last had.
+    pub(crate) stop: f64,
+    /// The last dirty pages.
+    pub(crate) harvest: f64,
+    /// vCPU and device state.
+    pub(crate) save: f64,
+    /// Copying and encoding the final epoch.
+    pub(crate) encode: f64,
+    /// On the network, both ways.
+    pub(crate) transfer: f64,
+    /// Writing the final epoch into the shadow's memory.
+    pub(crate) apply: f64,
+    /// Comparing digests, and all of memory if that was asked for.
+    pub(crate) verify: f64,
+    /// Loading vCPU and device state at the shadow.
+    pub(crate) restore: f64,
+    /// Giving up, saying go, and the vCPUs' start at the shadow.
+    pub(crate) resume: f64,
+}
+
+impl Breakdown {
+    /// The parts in order, with their names.
+    pub(crate) const fn parts(&self) -> [(&'static str, f64); 9] {
+        [
+            ("stop", self.stop),
+            ("harvest", self.harvest),
+            ("save", self.save),
+            ("encode", self.encode),
+            ("transfer", self.transfer),
+            ("apply", self.apply),
+            ("verify", self.verify),
+            ("restore", self.restore),
+            ("resume", self.resume),
+        ]
+    }
+}
+
+/// A span as the API writes it, to the microsecond.
+pub(crate) fn ms(span: Duration) -> f64 {
+    (span.as_secs_f64() * 1e6).round() / 1e3
+}
+
+impl From<report::PauseBreakdown> for Breakdown {
+    fn from(parts: report::PauseBreakdown) -> Self {
+        Self {
+            stop: ms(parts.stop),
+            harvest: ms(parts.harvest),
+            save: ms(parts.save),
+            encode: ms(parts.encode),
+            transfer: ms(parts.transfer),
+            apply: ms(parts.apply),
+            verify: ms(parts.verify),
+            restore: ms(parts.restore),
+            resume: ms(parts.resume),
+        }
+    }
+}
+
+impl SwitchoverReport {
+    /// The core's account, of `guest`, which went `to` there.
+    pub(crate) fn of(report: &report::SwitchoverReport, guest: String, to: Vec<String>) -> Self {
+        Self {
+            guest,
+            to,
+            epoch: report.epoch.0,
+            term: report.term.0,
+            total_ms: ms(report.total),
+            rounds: report.rounds,
+            predicted_ms: ms(report.predicted),
+            pause_ms: ms(report.breakdown.pause()),
+            breakdown_ms: report.breakdown.into(),
+            stop_pages: report.stop_pages.0,
+            final_bytes: report.final_bytes.0,
+            final_counts: report.final_counts.into(),
+            audited: report.audited,
+        }
+    }
+}
+
+/// `PUT /api/v1/protect`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ProtectRequest {
+    /// Paths to the shadow, `quic:IP:PORT[,local=IP[:PORT]]`.
+    pub(crate) to: Vec<String>,
+    /// Fingerprints the shadow may have.
+    pub(crate) peers: Vec<String>,
+    /// A directory with the identity to show; the process's own, if `null`.
+    #[serde(default)]
+    pub(crate) identity: Option<PathBuf>,
+    /// Page contents kept to make deltas against.
+    #[serde(default)]
+    pub(crate) cache_bytes: Option<u64>,
+    /// When batches are compressed.
+    #[serde(default)]
+    pub(crate) compression: Option<Compression>,
+    /// Between two harvests of a guest that writes.
+    #[serde(default)]
+    pub(crate) harvest_ms: Option<f64>,
+}
+
+/// `PUT /api/v1/migrate`. What is `null` or missing is as `umbra migrate --help` says.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct MigrateRequest {
+    /// Stop the guest only when the pause is predicted to be at most this.
+    pub(crate) downtime_limit_ms: Option<f64>,
+    /// Give up when the guest could not be stopped within this time.
+    pub(crate) timeout_ms: Option<f64>,
+    /// Once stopped, run the guest on here when the shadow is not prepared within this time.
+    pub(crate) pause_limit_ms: Option<f64>,
+    /// What is compared.
+    pub(crate) verify: Option<Verify>,
+}
+
+/// The answer to `PUT /api/v1/migrate`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Accepted {
+    /// The job's number: see [`Status::job`] and the event `job-finished`.
+    pub(crate) job: u64,
+}
+
+/// `PUT /api/v1/resume`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct ResumeRequest {
+    /// The operator vouches that the other host is dead and will not run the guest.
+    pub(crate) peer_is_dead: bool,
+}
+
+/// Any answer of 400 and above.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ErrorAnswer {
+    /// Why, in one line for an operator.
+    pub(crate) error: String,
+}
+
+/// One line of `GET /api/v1/events` and of `--event-monitor`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Event {
+    /// Since 1970.
+    pub(crate) timestamp: Timestamp,
+    /// Who tells: `guest`, `session`, `job` or `process`.
+    pub(crate) source: String,
+    /// What happened.
+    pub(crate) event: String,
+    /// The particulars.
+    pub(crate) properties: serde_json::Value,
+}
+
+/// A moment by the host's clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Timestamp {
+    /// Whole seconds.
+    pub(crate) secs: u64,
+    /// And the rest.
+    pub(crate) nanos: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{from_value, json, to_value};
+
+    use super::*;
+
+    #[test]
+    fn requests_may_leave_out_what_has_a_default_and_name_what_is_unknown() {
+        let request: MigrateRequest = from_value(json!({})).unwrap();
+        assert_eq!(request, MigrateRequest::default());
+        let request: MigrateRequest = from_value(json!({"verify": "full", "downtime_limit_ms": 50})).unwrap();
+        assert_eq!(
+            (request.verify, request.downtime_limit_ms),
+            (Some(Verify::Full), Some(50.0))
+        );
+        let error = from_value::<MigrateRequest>(json!({"downtime": 50}))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("unknown field `downtime`"), "{error}");
+        let error = from_value::<ProtectRequest>(json!({"to": []})).unwrap_err().to_string();
+        assert!(error.contains("missing field `peers`"), "{error}");
+        let protect = json!({"to": ["quic:192.0.2.1:7"], "peers": ["ab"], "compression": "off"});
+        assert_eq!(
+            from_value::<ProtectRequest>(protect).unwrap().compression,
+            Some(Compression::Off)
+        );
+    }
+
+    #[test]
+    fn words_are_written_as_the_documentation_has_them() {
+        assert_eq!(to_value(Role::Source).unwrap(), json!("source"));
+        assert_eq!(to_value(GuestState::HandedOver).unwrap(), json!("handed-over"));
+        assert_eq!(to_value(JobState::Failed).unwrap(), json!("failed"));
+        assert_eq!(to_value(JobKind::Migrate).unwrap(), json!("migrate"));
+        assert_eq!(to_value(Accepted { job: 3 }).unwrap(), json!({"job": 3}));
+    }
+
+    #[test]
+    fn a_report_adds_up_and_survives_the_wire() {
+        let us = Duration::from_micros;
+        let breakdown = report::PauseBreakdown {
+            stop: us(100),
+            harvest: us(200),
+            save: us(300),
+            encode: us(400),
+            transfer: us(5_000),
+            apply: us(600),
+            verify: us(70),
+            restore: us(800),
+            resume: us(900),
+        };
+        let core = report::SwitchoverReport {
+            epoch: umbra_units::Epoch(7),
+            term: umbra_units::Term(2),
+            total: us(1_234_567),
+            rounds: 3,
+            predicted: us(9_000),
+            breakdown,
+            stop_pages: umbra_units::PageCount(64),
+            final_bytes: umbra_units::Bytes(70_000),
+            final_counts: batch::PageCounts {
+                same: 1,
+                zero: 2,
+                delta: 3,
+                raw: 4,
+            },
+            audited: true,
+        };
+        let report = SwitchoverReport::of(&core, "ab".repeat(16), vec!["quic:192.0.2.1:7".to_owned()]);
+        let sum: f64 = report.breakdown_ms.parts().iter().map(|(_, part)| part).sum();
+        assert!((sum - report.pause_ms).abs() < 1e-6, "{sum} {}", report.pause_ms);
+        assert_eq!((report.total_ms, report.pause_ms), (1_234.567, 8.37));
+        let names: Vec<_> = core.breakdown.parts().iter().map(|(name, _)| *name).collect();
+        assert_eq!(report.breakdown_ms.parts().map(|(name, _)| name).to_vec(), names);
+        let there: SwitchoverReport = from_value(to_value(&report).unwrap()).unwrap();
+        assert_eq!(there, report);
+    }
+}

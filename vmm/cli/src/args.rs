@@ -1,0 +1,627 @@
+//! The command line: what each command takes, and the values it is read into.
+//!
+//! Values are read here, once, into types that cannot be wrong; the commands do not check them again. Each option with
+//! an inner syntax shows it from its `SYNTAX` text, which the errors use as well.
+
+use core::time::Duration;
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use umbra_quic::{ListenSpec, PathSpec};
+use umbra_units::Bytes;
+
+use crate::limits;
+use crate::units::{self, BadValue, Fields};
+
+/// The program.
+#[derive(Debug, Parser)]
+#[command(
+    name = "umbra",
+    version,
+    about = "Runs KVM guests, keeps a shadow of them on another host, and moves them with one short pause",
+    long_about = "Runs KVM guests, keeps a standing shadow of each on another host, and moves a guest there with one \
+                  short pause. One process per guest: `umbra run` where it starts, `umbra shadow` where it may go; \
+                  the other commands talk to these over their API socket.",
+    after_help = "Exit codes: 0 success, 1 failed or refused, 2 bad arguments, 3 guest faulted, 4 no KVM, 5 guest ended \
+                  with a code, 6 handed over and unconfirmed, 7 no answer at the API socket.",
+    max_term_width = 100
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
+}
+
+/// Where the program's own words go.
+#[derive(Debug, Args)]
+pub(crate) struct LogArgs {
+    /// Say more: -v what happens, -vv why, -vvv everything
+    #[arg(short, long, action = ArgAction::Count, global = true)]
+    pub(crate) verbose: u8,
+    /// Write the log to this file instead of standard error
+    #[arg(long, value_name = "PATH", global = true)]
+    pub(crate) log_file: Option<PathBuf>,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a guest in this process
+    Run(RunArgs),
+    /// Hold the shadow of a guest, and run it once it is handed over
+    Shadow(ShadowArgs),
+    /// Start keeping a shadow of a running guest
+    Protect(ProtectArgs),
+    /// Stop keeping a shadow; the guest stays where it is
+    Unprotect(TargetArgs),
+    /// Move the guest to its shadow
+    Migrate(MigrateArgs),
+    /// Take back a switchover that has not reached its commit point
+    Cancel(TargetArgs),
+    /// Say where everything stands
+    Status(StatusArgs),
+    /// Stop the guest's vCPUs
+    Pause(TargetArgs),
+    /// Let the guest's vCPUs run
+    Resume(ResumeArgs),
+    /// End the guest and its process
+    Stop(TargetArgs),
+    /// Follow what happens, one JSON object per line
+    Events(TargetArgs),
+    /// Make or show the key and certificate that peers know this host by
+    #[command(subcommand)]
+    Identity(IdentityCommand),
+    /// Find out what this host's KVM can do, by trying
+    Doctor(DoctorArgs),
+    /// Watch a guest move over three bad networks, one of which is cut twice
+    Demo(DemoArgs),
+    /// Print a completion script
+    Completions(CompletionsArgs),
+    /// Print the manual page, or that of one command
+    Man(ManArgs),
+}
+
+/// `umbra run`.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// The kernel: an ELF file with a PVH entry
+    #[arg(long, value_name = "PATH")]
+    pub(crate) kernel: PathBuf,
+    /// An initial RAM disk for it
+    #[arg(long, value_name = "PATH")]
+    pub(crate) initrd: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub(crate) cmdline: String,
+    /// How many vCPUs
+    #[arg(long, value_name = Cpus::SYNTAX, value_parser = Cpus::parse, default_value = "boot=1")]
+    pub(crate) cpus: Cpus,
+    /// How much memory, and whether it lies in a memfd that others can map
+    #[arg(long, value_name = Memory::SYNTAX, value_parser = Memory::parse, default_value = "size=256M,shared=on")]
+    pub(crate) memory: Memory,
+    #[command(flatten)]
+    pub(crate) process: ProcessArgs,
+    /// Build the guest but do not start it; `umbra resume` does
+    #[arg(long)]
+    pub(crate) paused: bool,
+}
+
+/// `umbra shadow`.
+#[derive(Debug, Args)]
+pub(crate) struct ShadowArgs {
+    /// Where sources may come; port 0 takes a free one, which is printed
+    #[arg(long, value_name = "quic:IP:PORT", required = true, value_parser = quic::<ListenSpec>)]
+    pub(crate) listen: Vec<ListenSpec>,
+    /// A source that may come: its certificate file or fingerprint
+    #[arg(long = "peer", value_name = "FILE|FINGERPRINT", required = true)]
+    pub(crate) peers: Vec<String>,
+    #[command(flatten)]
+    pub(crate) process: ProcessArgs,
+    /// Build no guest with more memory than this
+    #[arg(long, value_name = "SIZE", value_parser = |text: &str| units::size("memory-limit", text))]
+    pub(crate) memory_limit: Option<Bytes>,
+    /// End with exit code 1 when the first session ends without the guest running here
+    #[arg(long)]
+    pub(crate) once: bool,
+}
+
+/// What `run` and `shadow` have in common: a process that is, or becomes, a guest's VMM.
+#[derive(Debug, Args)]
+pub(crate) struct ProcessArgs {
+    /// Where the guest's serial console goes
+    #[arg(long, value_name = Serial::SYNTAX, value_parser = Serial::parse, default_value = "stdio")]
+    pub(crate) serial: Serial,
+    /// Answer the other commands at this UNIX socket
+    #[arg(long, value_name = "PATH")]
+    pub(crate) api_socket: Option<PathBuf>,
+    /// What people call the guest
+    #[arg(long, value_parser = name)]
+    pub(crate) name: Option<String>,
+    /// The key and certificate of this host, as made by `umbra identity create`; without it new ones are made for this
+    /// process, and their fingerprint is printed
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: Option<PathBuf>,
+    /// Write every event, one JSON object per line, to a file, a FIFO or an open file descriptor
+    #[arg(long, value_name = Monitor::SYNTAX, value_parser = Monitor::parse)]
+    pub(crate) event_monitor: Option<Monitor>,
+}
+
+/// Which process to talk to.
+#[derive(Debug, Args)]
+pub(crate) struct TargetArgs {
+    /// The API socket of the guest's process
+    #[arg(long, value_name = "PATH")]
+    pub(crate) api_socket: PathBuf,
+}
+
+/// `umbra protect`.
+#[derive(Debug, Args)]
+pub(crate) struct ProtectArgs {
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+    /// A path to the shadow, and the local address it leaves from; once per network route
+    #[arg(
+        long,
+        value_name = "quic:IP:PORT[,local=IP[:PORT]]",
+        required = true,
+        value_parser = quic::<PathSpec>
+    )]
+    pub(crate) to: Vec<PathSpec>,
+    /// Who the shadow must be: its certificate file or fingerprint
+    #[arg(long = "peer", value_name = "FILE|FINGERPRINT", required = true)]
+    pub(crate) peers: Vec<String>,
+    /// Show this identity instead of the process's own
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: Option<PathBuf>,
+    /// How to follow: memory for deltas, compression of batches, the time between two harvests
+    #[arg(long, value_name = Follow::SYNTAX, value_parser = Follow::parse)]
+    pub(crate) follow: Option<Follow>,
+    /// Return only when the shadow has everything and is ready for a switchover
+    #[arg(long)]
+    pub(crate) wait: bool,
+}
+
+/// `umbra migrate`.
+#[derive(Debug, Args)]
+pub(crate) struct MigrateArgs {
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+    /// Stop the guest only when the pause is predicted to be at most this
+    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = |text: &str| units::span("downtime-limit", text))]
+    pub(crate) downtime_limit: Duration,
+    /// Give up when the guest could not be stopped within this time
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = |text: &str| units::span("timeout", text))]
+    pub(crate) timeout: Duration,
+    /// Once stopped, run the guest on here when the shadow is not prepared within this time
+    #[arg(long, value_name = "TIME", default_value = "2s", value_parser = |text: &str| units::span("pause-limit", text))]
+    pub(crate) pause_limit: Duration,
+    /// What is compared before the guest runs at the shadow: the digest of everything sent, or every page of both
+    /// memories as well (about 0.2 ms of pause per MiB)
+    #[arg(long, value_enum, default_value_t = Verify::Digest)]
+    pub(crate) verify: Verify,
+    /// Print the report as JSON, and no progress
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How much is compared in a switchover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Verify {
+    /// The digest over the hashes of everything sent.
+    Digest,
+    /// Every page of both memories as well.
+    Full,
+}
+
+/// `umbra status`.
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+    /// As JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Again and again, until the process ends or Ctrl-C
+    #[arg(long)]
+    pub(crate) watch: bool,
+}
+
+/// `umbra resume`.
+#[derive(Debug, Args)]
+pub(crate) struct ResumeArgs {
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+    /// You vouch that the other host is dead and will not run the guest: take it back at a source that handed it over,
+    /// or run what stands prepared at a shadow. If the other host does run it, there are two
+    #[arg(long)]
+    pub(crate) peer_is_dead: bool,
+}
+
+/// `umbra identity`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum IdentityCommand {
+    /// Make a key and a certificate
+    Create(IdentityCreateArgs),
+    /// Print the fingerprint that peers pin
+    Show(IdentityShowArgs),
+}
+
+/// `umbra identity create`.
+#[derive(Debug, Args)]
+pub(crate) struct IdentityCreateArgs {
+    /// Where to write key.pem (mode 0600) and cert.pem
+    #[arg(long)]
+    pub(crate) dir: PathBuf,
+    /// A name that helps people to tell certificates apart
+    #[arg(long, default_value = "umbra")]
+    pub(crate) name: String,
+}
+
+/// `umbra identity show`.
+#[derive(Debug, Args)]
+pub(crate) struct IdentityShowArgs {
+    /// Where the identity lies
+    #[arg(long)]
+    pub(crate) dir: PathBuf,
+    /// Print the certificate, to be copied to peers, instead of its fingerprint
+    #[arg(long)]
+    pub(crate) certificate: bool,
+}
+
+/// `umbra doctor`.
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// As JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `umbra demo`.
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Print the report as JSON instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Write the report, as JSON, to this file as well
+    #[arg(long, value_name = "FILE")]
+    pub(crate) report: Option<PathBuf>,
+}
+
+/// `umbra completions`.
+#[derive(Debug, Args)]
+pub(crate) struct CompletionsArgs {
+    /// For which shell
+    pub(crate) shell: clap_complete::Shell,
+}
+
+/// `umbra man`.
+#[derive(Debug, Args)]
+pub(crate) struct ManArgs {
+    /// The command; all of them in overview, without
+    pub(crate) command: Option<String>,
+}
+
+/// `--cpus`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Cpus(pub(crate) u8);
+
+impl Cpus {
+    const SYNTAX: &'static str = "N|boot=N";
+
+    fn parse(text: &str) -> Result<Self, BadValue> {
+        let most = umbra_machine::limits::CPUS;
+        let number = |key, text: &str| match text.parse() {
+            Ok(cpus) if (1..=most).contains(&cpus) => Ok(cpus),
+            _ => Err(BadValue::new(key, &format!("a number from 1 to {most}"), text)),
+        };
+        let boot = Fields::of(text, &["boot"])?.read("boot", number)?;
+        boot.map(Self).ok_or_else(|| BadValue::new("boot", Self::SYNTAX, text))
+    }
+}
+
+/// `--memory`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Memory {
+    pub(crate) size: Bytes,
+    pub(crate) shared: bool,
+}
+
+impl Memory {
+    const SYNTAX: &'static str = "size=SIZE[,shared=on|off]";
+
+    fn parse(text: &str) -> Result<Self, BadValue> {
+        let fields = Fields::of(text, &["size", "shared"])?;
+        let size = fields.read("size", units::size)?;
+        let shared = fields.read("shared", units::toggle)?.unwrap_or(true);
+        let size = size.ok_or_else(|| BadValue::new("size", Self::SYNTAX, text))?;
+        Ok(Self { size, shared })
+    }
+}
+
+/// `--serial`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Serial {
+    /// Standard output, and standard input.
+    Stdio,
+    /// Nowhere.
+    Off,
+    /// A file, begun anew.
+    File(PathBuf),
+    /// A UNIX socket that one reader at a time may attach to.
+    Socket(PathBuf),
+}
+
+impl Serial {
+    const SYNTAX: &'static str = "stdio|off|file=PATH|socket=PATH";
+
+    fn parse(text: &str) -> Result<Self, BadValue> {
+        // The rest of the text is the path, commas and all.
+        match text.split_once('=') {
+            None if text == "stdio" => Ok(Self::Stdio),
+            None if text == "off" => Ok(Self::Off),
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            Some(("socket", path)) if !path.is_empty() => Ok(Self::Socket(path.into())),
+            _ => Err(BadValue::new("serial", Self::SYNTAX, text)),
+        }
+    }
+}
+
+/// `--event-monitor`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Monitor {
+    /// A file, appended to, or a FIFO.
+    Path(PathBuf),
+    /// A file descriptor this process was started with.
+    Fd(u32),
+}
+
+impl Monitor {
+    const SYNTAX: &'static str = "path=FILE|fd=N";
+
+    fn parse(text: &str) -> Result<Self, BadValue> {
+        match text.split_once('=') {
+            Some(("path", path)) if !path.is_empty() => Ok(Self::Path(path.into())),
+            Some(("fd", fd)) => match fd.parse() {
+                Ok(fd) => Ok(Self::Fd(fd)),
+                Err(_) => Err(BadValue::new("fd", "the number of an open file descriptor", fd)),
+            },
+            _ => Err(BadValue::new("event-monitor", Self::SYNTAX, text)),
+        }
+    }
+}
+
+/// `--follow`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Follow {
+    pub(crate) cache: Option<Bytes>,
+    pub(crate) compression: Option<Compression>,
+    pub(crate) harvest: Option<Duration>,
+}
+
+/// When batches are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Compression {
+    /// When the link is slower than the processor.
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
+
+impl Follow {
+    const SYNTAX: &'static str = "[cache=SIZE][,compression=auto|on|off][,harvest=TIME]";
+    /// A shorter time between harvests costs the guest more than it gives the shadow; a longer one is no following.
+    const HARVEST: core::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(10);
+    /// Beyond this nothing is gained: the cache holds a copy of what the shadow has.
+    const CACHE_MOST: Bytes = Bytes::mib(16 << 10);
+
+    fn parse(text: &str) -> Result<Self, BadValue> {
+        let fields = Fields::of(text, &["cache", "compression", "harvest"])?;
+        let compression = |key, text: &str| match text {
+            "auto" => Ok(Compression::Auto),
+            "on" => Ok(Compression::On),
+            "off" => Ok(Compression::Off),
+            _ => Err(BadValue::new(key, "auto, on or off", text)),
+        };
+        let cache = |key, text: &str| match units::size(key, text)? {
+            size if size <= Self::CACHE_MOST => Ok(size),
+            _ => Err(BadValue::new(key, "at most 16G", text)),
+        };
+        let harvest = |key, text: &str| match units::span(key, text)? {
+            span if Self::HARVEST.contains(&span) => Ok(span),
+            _ => Err(BadValue::new(key, "1ms to 10s", text)),
+        };
+        Ok(Self {
+            cache: fields.read("cache", cache)?,
+            compression: fields.read("compression", compression)?,
+            harvest: fields.read("harvest", harvest)?,
+        })
+    }
+}
+
+fn name(text: &str) -> Result<String, BadValue> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if text.is_empty() || text.chars().count() > limits::NAME_CHARS || !text.chars().all(plain) {
+        return Err(BadValue::new("name", "1 to 63 letters, digits, '-', '_' or '.'", text));
+    }
+    Ok(text.to_owned())
+}
+
+fn quic<T: core::str::FromStr<Err = umbra_quic::error::Unreadable>>(
+    text: &str,
+) -> Result<T, umbra_quic::error::Unreadable> {
+    text.parse()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+    use clap::error::ErrorKind;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Command, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace()).map(|cli| cli.command)
+    }
+
+    /// The first line of what an operator reads.
+    fn error(line: &str) -> String {
+        parse(line).unwrap_err().to_string().lines().next().unwrap().to_owned()
+    }
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_guest_is_described_as_in_cloud_hypervisor() {
+        let line = "umbra run --kernel k --initrd i --cmdline console=ttyS0 --cpus boot=2 --memory size=512M,shared=off \
+                    --serial socket=/s --api-socket /a --name web-1 --paused";
+        let Ok(Command::Run(run)) = parse(line) else {
+            panic!("not understood")
+        };
+        assert_eq!(
+            (run.cpus, run.memory),
+            (
+                Cpus(2),
+                Memory {
+                    size: Bytes::mib(512),
+                    shared: false
+                }
+            )
+        );
+        assert_eq!(run.process.serial, Serial::Socket("/s".into()));
+        assert_eq!((run.cmdline.as_str(), run.paused), ("console=ttyS0", true));
+        let Ok(Command::Run(run)) = parse("umbra run --kernel k --cpus 4 --memory 1G") else {
+            panic!("not understood")
+        };
+        assert_eq!(
+            (run.cpus, run.memory),
+            (
+                Cpus(4),
+                Memory {
+                    size: Bytes::mib(1024),
+                    shared: true
+                }
+            )
+        );
+        let Ok(Command::Run(run)) = parse("umbra run --kernel k") else {
+            panic!("not understood")
+        };
+        assert_eq!(
+            (run.cpus, run.memory.size, run.process.serial),
+            (Cpus(1), Bytes::mib(256), Serial::Stdio)
+        );
+    }
+
+    #[test]
+    fn every_bad_value_gives_one_line_that_names_the_option() {
+        for (line, expected) in [
+            (
+                "run --kernel k --cpus 0",
+                "error: invalid value '0' for '--cpus <N|boot=N>': boot: expected a number from 1 to 32, got '0'",
+            ),
+            (
+                "run --kernel k --cpus max=2",
+                "error: invalid value 'max=2' for '--cpus <N|boot=N>': key: expected one of boot, got 'max'",
+            ),
+            (
+                "run --kernel k --memory size=1X",
+                "error: invalid value 'size=1X' for '--memory <size=SIZE[,shared=on|off]>': size: expected a size as \
+                 4096, 512K, 256M or 2G, got '1X'",
+            ),
+            (
+                "run --kernel k --serial tty",
+                "error: invalid value 'tty' for '--serial <stdio|off|file=PATH|socket=PATH>': serial: expected \
+                 stdio|off|file=PATH|socket=PATH, got 'tty'",
+            ),
+            (
+                "run --kernel k --event-monitor fd=x",
+                "error: invalid value 'fd=x' for '--event-monitor <path=FILE|fd=N>': fd: expected the number of an open \
+                 file descriptor, got 'x'",
+            ),
+            (
+                "run --kernel k --name a/b",
+                "error: invalid value 'a/b' for '--name <NAME>': name: expected 1 to 63 letters, digits, '-', '_' or \
+                 '.', got 'a/b'",
+            ),
+            (
+                "shadow --peer p --listen 127.0.0.1:1",
+                "error: invalid value '127.0.0.1:1' for '--listen <quic:IP:PORT>': `127.0.0.1:1`: quic:IP:PORT, IPv6 in \
+                 brackets, expected",
+            ),
+            (
+                "migrate --api-socket s --timeout 60",
+                "error: invalid value '60' for '--timeout <TIME>': timeout: expected a time with its unit, as 250us, \
+                 300ms, 2s or 1m, got '60'",
+            ),
+            (
+                "protect --api-socket s --peer p --to quic:127.0.0.1:7 --follow harvest=1us",
+                "error: invalid value 'harvest=1us' for '--follow \
+                 <[cache=SIZE][,compression=auto|on|off][,harvest=TIME]>': harvest: expected 1ms to 10s, got '1us'",
+            ),
+        ] {
+            assert_eq!(error(&format!("umbra {line}")), expected);
+        }
+        let port = error("umbra protect --api-socket s --peer p --to quic:127.0.0.1:0");
+        assert!(
+            port.contains("'--to <quic:IP:PORT[,local=IP[:PORT]]>'") && port.contains("neither zero"),
+            "{port}"
+        );
+    }
+
+    #[test]
+    fn what_a_command_cannot_do_without_is_asked_for_by_name() {
+        for (line, missing) in [
+            ("umbra run", "--kernel"),
+            ("umbra shadow --listen quic:127.0.0.1:0", "--peer"),
+            ("umbra shadow --peer p", "--listen"),
+            ("umbra protect --api-socket s --to quic:127.0.0.1:7", "--peer"),
+            ("umbra protect --api-socket s --peer p", "--to"),
+            ("umbra migrate", "--api-socket"),
+            ("umbra identity create", "--dir"),
+        ] {
+            let error = parse(line).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::MissingRequiredArgument, "{line}");
+            assert!(error.to_string().contains(missing), "{line}: {error}");
+            assert_eq!(error.exit_code(), i32::from(crate::exit::Code::BadArguments as u8));
+        }
+    }
+
+    #[test]
+    fn paths_and_listening_addresses_repeat() {
+        let line = "umbra protect --api-socket s --to quic:192.0.2.1:7 --to quic:192.0.2.2:7,local=192.0.2.9 --peer p \
+                    --follow 128M,compression=off,harvest=50ms";
+        let Ok(Command::Protect(protect)) = parse(line) else {
+            panic!("not understood")
+        };
+        assert_eq!(protect.to.len(), 2);
+        let follow = Follow {
+            cache: Some(Bytes::mib(128)),
+            compression: Some(Compression::Off),
+            harvest: Some(Duration::from_millis(50)),
+        };
+        assert_eq!(protect.follow, Some(follow));
+        let Ok(Command::Shadow(shadow)) =
+            parse("umbra shadow --listen quic:127.0.0.1:0 --listen quic:[::1]:0 --peer p --peer q --memory-limit 2G")
+        else {
+            panic!("not understood")
+        };
+        assert_eq!(
+            (shadow.listen.len(), shadow.peers.len(), shadow.memory_limit),
+            (2, 2, Some(Bytes::mib(2048)))
+        );
+    }
+
+    #[test]
+    fn a_path_for_the_console_may_hold_commas_and_equals_signs() {
+        assert_eq!(Serial::parse("file=/a,b=c"), Ok(Serial::File("/a,b=c".into())));
+        assert_eq!(Monitor::parse("path=/a=b"), Ok(Monitor::Path("/a=b".into())));
+        assert_eq!(Monitor::parse("fd=3"), Ok(Monitor::Fd(3)));
+    }
+}

@@ -1,0 +1,47 @@
+//! `umbra run`: a guest from its first instruction.
+
+use std::sync::Arc;
+
+use umbra_core::guest::Guest;
+use umbra_machine::{Machine, MachineConfig, Sharing};
+
+use crate::args::RunArgs;
+use crate::exit::{Code, Failure};
+use crate::process::{self, Process};
+use crate::say;
+
+/// Run a guest until it, its operator or a switchover ends it here.
+pub(crate) fn run(args: &RunArgs) -> Result<Code, Failure> {
+    let config = config(args)?;
+    let process = Process::new(&args.process)?;
+    let machine = Machine::launch(&config, Process::sinks(&process.console, &process.vm))?;
+    let resident = Process::move_in(&process.console, &process.vm, Arc::clone(&machine));
+    process.vm.launched(resident, args.paused)?;
+    if !args.paused {
+        machine.resume().map_err(Failure::failed)?;
+    }
+    drop(machine);
+    // The guest runs while the rest is made ready.
+    if process.new_identity && args.process.api_socket.is_some() {
+        say::note(format!("identity {}", process.vm.identity().fingerprint()));
+    }
+    let runtime = process::runtime()?;
+    let code = runtime.block_on(process.live());
+    runtime.shutdown_background();
+    Ok(code)
+}
+
+fn config(args: &RunArgs) -> Result<MachineConfig, Failure> {
+    let sharing = if args.memory.shared {
+        Sharing::Shared
+    } else {
+        Sharing::Private
+    };
+    let mut config = MachineConfig::new(&args.kernel, args.cpus.0, args.memory.size)?
+        .with_sharing(sharing)
+        .with_cmdline(args.cmdline.clone())?;
+    if let Some(initrd) = &args.initrd {
+        config = config.with_initrd(initrd);
+    }
+    Ok(config)
+}

@@ -1,0 +1,1045 @@
+//! One guest in this process, and everything an operator can do about it: the place where the machine and the node meet.
+//!
+//! ```text
+//!   run ────▶ Here ── protect ──▶ Here + session ── migrate ──▶ ending: moved
+//!              ▲ ▲                     │
+//!              │ └──── session over ───┘
+//!   shadow ──▶ Shadow ── handed over to us ──▶ Here
+//! ```
+//!
+//! # What is refused while a switchover is under way
+//!
+//! A switchover stops the guest, may let it run on, and may give it up, all on its own. An operator's `pause` or
+//! `resume` in between would be undone or, worse, would run a guest that was just given up. So from the moment the job
+//! is noted down until it is over, both are refused, and so is a second session; what remains is `cancel` and, when the
+//! shadow's word stays out, `resume --peer-is-dead`. A guest that an operator has paused is not moved: it would run
+//! where it arrives.
+//!
+//! This file does not wait for the guest's end or for signals; [`crate::process`] does.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{broadcast, watch};
+use umbra_core::event::Event as CoreEvent;
+use umbra_core::guest::{Guest, GuestError};
+use umbra_core::phase::SourcePhase;
+use umbra_core::source::{Outcome, SourceStatus, SwitchoverOptions};
+use umbra_machine::ExitReason;
+use umbra_node::{
+    CommandError, GuestIdentity, ProtectConfig, Protection, ProtectionStatus, ShadowHandle, ShadowNode,
+    ShadowNodeStatus, TakenOver,
+};
+use umbra_paths::{LinkStats, PathState, Suspicion};
+use umbra_quic::{ConnectConfig, Fingerprint, Identity, PathSpec, Peers, Stats};
+use umbra_units::{Bytes, GuestId, Ratio, SessionId, Term};
+
+use crate::api::types::{
+    Compression, GuestState, Job, JobKind, JobState, LinkStatus, MigrateRequest, PathStatus, Ping, ProtectRequest,
+    Role, Status, SwitchoverReport, Verify, ms,
+};
+use crate::events::{Events, Teller, shadow_word, word};
+use crate::exit::Failure;
+use crate::limits;
+
+/// How often progress is told while pages are copied for the first time.
+const PROGRESS: Duration = Duration::from_millis(250);
+
+/// Why a command is not carried out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Denied {
+    /// The request asks for something that cannot be.
+    #[error("{0}")]
+    Malformed(String),
+    /// Not now. Nothing changed.
+    #[error("{0}")]
+    Refused(String),
+    /// It was tried, and this host or the other failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl From<CommandError> for Denied {
+    fn from(error: CommandError) -> Self {
+        Self::Refused(error.to_string())
+    }
+}
+
+impl From<GuestError> for Denied {
+    fn from(error: GuestError) -> Self {
+        Self::Failed(error.to_string())
+    }
+}
+
+/// Why the process is to end.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Ending {
+    /// The guest ended itself, or cannot go on.
+    Guest(ExitReason),
+    /// An operator said so; how.
+    Stopped(String),
+    /// The guest runs elsewhere now.
+    Moved(Box<SwitchoverReport>),
+    /// The node cannot go on.
+    Failed(String),
+}
+
+/// Whose the guest is when a session had to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LastWord {
+    /// This process's, to do with as it likes.
+    GuestIsOurs,
+    /// The shadow's: it runs there.
+    Moved,
+    /// It was handed over, and the shadow has not said whether it runs there.
+    Unknown,
+}
+
+/// A guest that runs in this process, as its VMM describes it.
+pub(crate) struct Resident {
+    /// The guest.
+    pub(crate) guest: Arc<dyn Guest>,
+    /// How many vCPUs it has.
+    pub(crate) vcpus: u8,
+    /// How much memory.
+    pub(crate) memory: Bytes,
+}
+
+/// The guest of this process, here or still elsewhere.
+pub(crate) struct Vm {
+    name: Option<String>,
+    identity: Arc<Identity>,
+    began: Instant,
+    events: Events,
+    state: Mutex<State>,
+    /// Commands that change something come one at a time.
+    turn: tokio::sync::Mutex<()>,
+    ending: watch::Sender<Option<Ending>>,
+}
+
+#[derive(Default)]
+struct State {
+    place: Place,
+    listen: Vec<String>,
+    jobs: u64,
+    job: Option<Job>,
+    last_switchover: Option<SwitchoverReport>,
+    last_error: Option<String>,
+}
+
+#[derive(Default)]
+enum Place {
+    /// Not yet decided.
+    #[default]
+    Nowhere,
+    Shadow(ShadowHandle),
+    Here(Here),
+}
+
+struct Here {
+    resident: Resident,
+    identity: GuestIdentity,
+    /// By an operator.
+    paused: bool,
+    session: Option<Session>,
+}
+
+#[derive(Clone)]
+struct Session {
+    protection: Protection,
+    paths: Vec<PathSpec>,
+    peer: Fingerprint,
+    /// The term the guest was given up to, once it was.
+    gave_up: Option<Term>,
+}
+
+impl State {
+    fn here(&self) -> Result<&Here, Denied> {
+        match &self.place {
+            Place::Here(here) => Ok(here),
+            Place::Shadow(_) => Err(Denied::Refused(
+                "the guest is not here: this process holds its shadow".to_owned(),
+            )),
+            Place::Nowhere => Err(Denied::Refused("there is no guest here yet".to_owned())),
+        }
+    }
+
+    fn here_mut(&mut self) -> Option<&mut Here> {
+        match &mut self.place {
+            Place::Here(here) => Some(here),
+            _ => None,
+        }
+    }
+
+    fn session(&self) -> Option<&Session> {
+        self.here().ok()?.session.as_ref()
+    }
+
+    fn switching(&self) -> bool {
+        self.job.as_ref().is_some_and(|job| job.state == JobState::Running)
+    }
+
+    /// Refuse what a switchover under way does not allow.
+    fn not_switching(&self) -> Result<(), Denied> {
+        if let Some(term) = self.session().and_then(|session| session.gave_up) {
+            return Err(Denied::Refused(format!(
+                "the guest was handed over in term {term} and only the shadow may run it; if the other host is dead for \
+                 good, `resume --peer-is-dead` takes it back"
+            )));
+        }
+        if self.switching() {
+            return Err(Denied::Refused(
+                "a switchover is under way; wait for it or `cancel` it".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl Vm {
+    /// No guest yet.
+    pub(crate) fn new(name: Option<String>, identity: Identity, events: Events) -> Arc<Self> {
+        Arc::new(Self {
+            name,
+            identity: Arc::new(identity),
+            began: Instant::now(),
+            events,
+            state: Mutex::default(),
+            turn: tokio::sync::Mutex::new(()),
+            ending: watch::Sender::new(None),
+        })
+    }
+
+    /// Who this process is to its peers.
+    pub(crate) fn identity(&self) -> Arc<Identity> {
+        Arc::clone(&self.identity)
+    }
+
+    /// Where it tells what happens.
+    pub(crate) const fn events(&self) -> &Events {
+        &self.events
+    }
+
+    /// Tells when the process is to end, and why.
+    pub(crate) fn ending(&self) -> watch::Receiver<Option<Ending>> {
+        self.ending.subscribe()
+    }
+
+    /// The process is to end. Only the first reason counts. May be called from any thread.
+    pub(crate) fn end(&self, why: Ending) {
+        self.ending.send_if_modified(|ending| {
+            let first = ending.is_none();
+            ending.get_or_insert(why);
+            first
+        });
+    }
+
+    /// A guest runs here, or stands paused, from its first instruction.
+    pub(crate) fn launched(&self, resident: Resident, paused: bool) -> Result<(), Failure> {
+        let identity = GuestIdentity {
+            guest: GuestId(draw()?),
+            term: Term(1),
+        };
+        self.settle(resident, identity, paused);
+        Ok(())
+    }
+
+    fn settle(&self, resident: Resident, identity: GuestIdentity, paused: bool) {
+        let (guest, term) = (identity.guest.to_string(), identity.term.0);
+        self.state().place = Place::Here(Here {
+            resident,
+            identity,
+            paused,
+            session: None,
+        });
+        let event = if paused { "created" } else { "running" };
+        self.events.tell(
+            Teller::Guest,
+            event,
+            json!({ "guest": guest, "name": self.name(), "term": term }),
+        );
+    }
+
+    /// Hold shadows until one of them is to run here; `resident` knows the machine behind the guest that does. With
+    /// `once`, a session that ends otherwise ends the process.
+    pub(crate) fn shadow(
+        self: &Arc<Self>,
+        node: ShadowNode,
+        handle: ShadowHandle,
+        listen: Vec<String>,
+        once: bool,
+        resident: impl FnOnce(Arc<dyn Guest>) -> Option<Resident> + Send + 'static,
+    ) {
+        let events = handle.events();
+        {
+            let mut state = self.state();
+            self.events
+                .tell(Teller::Process, "listening", json!({ "addresses": &listen }));
+            state.listen = listen;
+            state.place = Place::Shadow(handle);
+        }
+        let vm = Arc::clone(self);
+        tokio::spawn(async move {
+            let telling = tokio::spawn(Arc::clone(&vm).tell_shadow(events, once));
+            match node.run().await {
+                Ok(taken) => vm.taken_over(taken, resident),
+                Err(error) => vm.end(Ending::Failed(error.to_string())),
+            }
+            // The node is gone and with it the events' other end: what was said until then is told first.
+            let _ = telling.await;
+        });
+    }
+
+    async fn tell_shadow(self: Arc<Self>, mut events: broadcast::Receiver<CoreEvent>, once: bool) {
+        loop {
+            match events.recv().await {
+                Ok(event) => {
+                    self.events.tell_core(&event);
+                    let abandoned = umbra_core::phase::ShadowPhase::Abandoned;
+                    if once && matches!(event, CoreEvent::Shadow { to, .. } if to == abandoned) {
+                        let why = "the session ended without the guest running here";
+                        self.end(Ending::Failed(why.to_owned()));
+                    }
+                }
+                Err(RecvError::Lagged(count)) => self.missed(count),
+                Err(RecvError::Closed) => return,
+            }
+        }
+    }
+
+    fn taken_over(&self, taken: TakenOver, resident: impl FnOnce(Arc<dyn Guest>) -> Option<Resident>) {
+        let TakenOver { guest, id, term } = taken;
+        let Some(resident) = resident(guest) else {
+            return self.end(Ending::Failed(
+                "the guest that was taken over is not one this process built".to_owned(),
+            ));
+        };
+        eprintln!(
+            "umbra: the guest {} runs here now, in term {term}",
+            self.name_of(Some(&id.to_string()))
+        );
+        self.state().listen.clear();
+        self.settle(resident, GuestIdentity { guest: id, term }, false);
+    }
+
+    /// Stop the guest's vCPUs.
+    pub(crate) async fn pause(&self) -> Result<(), Denied> {
+        let _turn = self.take_turn()?;
+        let guest = {
+            let state = self.state();
+            let here = state.here()?;
+            state.not_switching()?;
+            if here.paused {
+                return Ok(());
+            }
+            Arc::clone(&here.resident.guest)
+        };
+        blocking(move || guest.pause()).await??;
+        self.note_paused(true);
+        Ok(())
+    }
+
+    /// Let the guest's vCPUs run; or, if the operator vouches for the other host's death, bring it to life where it was
+    /// handed over from, or to.
+    pub(crate) async fn resume(&self, peer_is_dead: bool) -> Result<(), Denied> {
+        let _turn = self.take_turn()?;
+        if peer_is_dead {
+            return self.vouch().await;
+        }
+        let guest = {
+            let state = self.state();
+            if let Place::Shadow(_) = &state.place {
+                return Err(Denied::Refused(
+                    "the guest is not here: `migrate` at its source brings it; if the source is dead for good, \
+                     `resume --peer-is-dead` runs what stands prepared"
+                        .to_owned(),
+                ));
+            }
+            let here = state.here()?;
+            state.not_switching()?;
+            if !here.paused {
+                return Ok(());
+            }
+            Arc::clone(&here.resident.guest)
+        };
+        blocking(move || guest.resume()).await??;
+        self.note_paused(false);
+        Ok(())
+    }
+
+    async fn vouch(&self) -> Result<(), Denied> {
+        let (shadow, session) = {
+            let state = self.state();
+            match &state.place {
+                Place::Shadow(handle) => (Some(handle.clone()), None),
+                _ => (None, state.here()?.session.clone()),
+            }
+        };
+        match (shadow, session) {
+            (Some(shadow), _) => Ok(shadow.vouch().await?),
+            (None, Some(session)) => Ok(session.protection.reclaim().await?),
+            (None, None) => Err(Denied::Refused(
+                "nothing was handed over: nobody shadows this guest".to_owned(),
+            )),
+        }
+    }
+
+    fn note_paused(&self, paused: bool) {
+        if let Some(here) = self.state().here_mut() {
+            here.paused = paused;
+        }
+        self.events
+            .tell(Teller::Guest, if paused { "paused" } else { "resumed" }, json!({}));
+    }
+
+    /// End the guest and the process.
+    pub(crate) fn stop(&self, how: &str) -> Result<(), Denied> {
+        self.state().not_switching()?;
+        self.end(Ending::Stopped(how.to_owned()));
+        Ok(())
+    }
+
+    /// Start keeping a shadow.
+    pub(crate) async fn protect(self: &Arc<Self>, request: ProtectRequest) -> Result<(), Denied> {
+        let _turn = self.take_turn()?;
+        let wanted = Wanted::read(&request, &self.identity)?;
+        let (guest, identity) = {
+            let state = self.state();
+            let here = state.here()?;
+            if here.session.is_some() {
+                return Err(Denied::Refused(
+                    "a shadow is being kept already; `unprotect` ends that".to_owned(),
+                ));
+            }
+            (Arc::clone(&here.resident.guest), here.identity)
+        };
+        let session = SessionId(draw().map_err(|failure| Denied::Failed(failure.text))?);
+        let connect = ConnectConfig::new(wanted.paths.clone(), wanted.identity, wanted.peers);
+        let link = umbra_quic::connect(connect)
+            .await
+            .map_err(|error| Denied::Failed(error.to_string()))?;
+        let peer = link.peer();
+        let protection = Protection::start(guest, identity, session, link, wanted.config)
+            .map_err(|error| Denied::Failed(error.to_string()))?;
+        let events = protection.events();
+        {
+            let mut state = self.state();
+            state.last_error = None;
+            if let Some(here) = state.here_mut() {
+                let (protection, paths) = (protection.clone(), wanted.paths);
+                here.session = Some(Session {
+                    protection,
+                    paths,
+                    peer,
+                    gave_up: None,
+                });
+            }
+        }
+        self.events.tell(
+            Teller::Session,
+            "protecting",
+            json!({ "to": request.to, "peer": peer.to_string() }),
+        );
+        tokio::spawn(Arc::clone(self).follow(protection, events));
+        Ok(())
+    }
+
+    /// Tell what a session does, until it is over; then draw the consequences.
+    async fn follow(self: Arc<Self>, protection: Protection, mut events: broadcast::Receiver<CoreEvent>) {
+        let mut progress = tokio::time::interval(PROGRESS);
+        progress.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut told = None;
+        let outcome = loop {
+            tokio::select! {
+                biased;
+                event = events.recv() => match event {
+                    Ok(event) => self.heard(&event),
+                    Err(RecvError::Lagged(count)) => self.missed(count),
+                    Err(RecvError::Closed) => break protection.outcome().await,
+                },
+                outcome = protection.outcome() => break outcome,
+                _ = progress.tick() => self.tell_progress(&protection, &mut told).await,
+            }
+        };
+        while let Ok(event) = events.try_recv() {
+            self.heard(&event);
+        }
+        match outcome {
+            Outcome::Moved(report) => self.moved(&report),
+            Outcome::Stayed { term, fault, text } => self.stayed(term, fault.map(|fault| fault.to_string()), &text),
+        }
+    }
+
+    fn heard(&self, event: &CoreEvent) {
+        if let CoreEvent::GaveUp { term, .. } = event
+            && let Some(session) = self.state().here_mut().and_then(|here| here.session.as_mut())
+        {
+            session.gave_up = Some(*term);
+        }
+        self.events.tell_core(event);
+    }
+
+    fn missed(&self, count: u64) {
+        self.events
+            .tell(Teller::Process, "events-missed", json!({ "count": count }));
+    }
+
+    /// Tell how far the first copy is, when that has changed.
+    async fn tell_progress(&self, protection: &Protection, told: &mut Option<(SourcePhase, u64)>) {
+        let Ok(ProtectionStatus { source, .. }) = protection.status().await else {
+            return;
+        };
+        let now = (source.phase, source.debt.0);
+        let seeding = matches!(source.phase, SourcePhase::Joining | SourcePhase::Seeding);
+        if (seeding && *told != Some(now)) || (source.switching && source.phase == SourcePhase::Following) {
+            *told = Some(now);
+            let properties = json!({
+                "phase": word(source.phase),
+                "seeded": source.seeded.get(),
+                "debt": source.debt.0,
+                "predicted_pause_ms": source.predicted_pause.map(ms),
+            });
+            self.events.tell(Teller::Session, "progress", properties);
+        }
+    }
+
+    fn moved(&self, report: &umbra_core::report::SwitchoverReport) {
+        let report = {
+            let mut state = self.state();
+            let (guest, to) = match state.here() {
+                Ok(Here { identity, session, .. }) => {
+                    let paths = session
+                        .iter()
+                        .flat_map(|session| &session.paths)
+                        .map(ToString::to_string)
+                        .collect();
+                    (identity.guest.to_string(), paths)
+                }
+                Err(_) => (String::new(), Vec::new()),
+            };
+            let report = SwitchoverReport::of(report, guest, to);
+            state.last_switchover = Some(report.clone());
+            report
+        };
+        self.finish_job(Ok(report.clone()));
+        self.events
+            .tell(Teller::Guest, "moved", json!({ "to": &report.to, "term": report.term }));
+        self.end(Ending::Moved(Box::new(report)));
+    }
+
+    fn stayed(&self, term: Term, fault: Option<String>, text: &str) {
+        {
+            let mut state = self.state();
+            state.last_error.clone_from(&fault);
+            if let Some(here) = state.here_mut() {
+                here.identity.term = term;
+                here.session = None;
+            }
+        }
+        // Usually told already, by whoever asked for the switchover.
+        self.finish_job(Err(text.to_owned()));
+        self.events.tell(
+            Teller::Session,
+            "unprotected",
+            json!({ "reason": text, "fault": fault }),
+        );
+    }
+
+    /// Stop keeping a shadow; at a shadow: send the source away.
+    pub(crate) async fn unprotect(&self) -> Result<(), Denied> {
+        let _turn = self.take_turn()?;
+        let (shadow, session) = {
+            let state = self.state();
+            match &state.place {
+                Place::Shadow(handle) => (Some(handle.clone()), None),
+                _ => {
+                    state.here()?;
+                    state.not_switching()?;
+                    (None, state.session().cloned())
+                }
+            }
+        };
+        match (shadow, session) {
+            (Some(shadow), _) => Ok(shadow.end("the shadow's operator ended the session").await?),
+            (None, Some(session)) => {
+                session
+                    .protection
+                    .end("the source's operator ended the session")
+                    .await?;
+                session.protection.outcome().await;
+                self.forget_session();
+                Ok(())
+            }
+            (None, None) => Err(Denied::Refused("nobody shadows this guest".to_owned())),
+        }
+    }
+
+    /// So that a command that comes right after finds it gone; [`Self::follow`] tells of it in its own time.
+    fn forget_session(&self) {
+        if let Some(here) = self.state().here_mut() {
+            here.session = None;
+        }
+    }
+
+    /// Start moving the guest; says the job's number.
+    pub(crate) fn migrate(self: &Arc<Self>, request: &MigrateRequest) -> Result<u64, Denied> {
+        let _turn = self.take_turn()?;
+        let options = options(request)?;
+        let (id, protection) = {
+            let mut state = self.state();
+            let here = state.here()?;
+            let Some(session) = here.session.clone() else {
+                return Err(Denied::Refused(
+                    "nobody shadows this guest; `protect` it first".to_owned(),
+                ));
+            };
+            state.not_switching()?;
+            if here.paused {
+                return Err(Denied::Refused(
+                    "the guest is paused, and would run where it arrives; `resume` it first".to_owned(),
+                ));
+            }
+            state.jobs += 1;
+            let id = state.jobs;
+            state.job = Some(Job {
+                id,
+                kind: JobKind::Migrate,
+                state: JobState::Running,
+                error: None,
+                report: None,
+            });
+            (id, session.protection)
+        };
+        self.events.tell(
+            Teller::Job,
+            "job-started",
+            json!({ "job": id, "kind": JobKind::Migrate }),
+        );
+        let vm = Arc::clone(self);
+        tokio::spawn(async move {
+            // A success is told with the session's outcome, so that nobody hears of it before it is final.
+            if let Err(error) = protection.switchover(options).await {
+                vm.finish_job(Err(error.to_string()));
+            }
+        });
+        Ok(id)
+    }
+
+    fn finish_job(&self, result: Result<SwitchoverReport, String>) {
+        let job = {
+            let mut state = self.state();
+            let Some(job) = state.job.as_mut().filter(|job| job.state == JobState::Running) else {
+                return;
+            };
+            match result {
+                Ok(report) => (job.state, job.report) = (JobState::Done, Some(report)),
+                Err(error) => (job.state, job.error) = (JobState::Failed, Some(error)),
+            }
+            job.clone()
+        };
+        self.events.tell(Teller::Job, "job-finished", json!(job));
+    }
+
+    /// Take a switchover back.
+    pub(crate) async fn cancel(&self) -> Result<(), Denied> {
+        let session = self.state().here()?.session.clone();
+        let session = session.ok_or_else(|| Denied::Refused("no switchover is under way".to_owned()))?;
+        Ok(session.protection.cancel_switchover().await?)
+    }
+
+    /// End whatever session there is, because the process ends.
+    pub(crate) async fn end_session(&self, why: &str) -> LastWord {
+        let (shadow, session) = {
+            let state = self.state();
+            match &state.place {
+                Place::Shadow(handle) => (Some(handle.clone()), None),
+                _ => (None, state.session().cloned()),
+            }
+        };
+        if let Some(shadow) = shadow {
+            // Refused when there is none, or when the guest is about to run here: then this end is its end.
+            let _ = tokio::time::timeout(limits::SESSION_LAST_WORDS, shadow.end(why)).await;
+        }
+        let Some(Session { protection, .. }) = session else {
+            return LastWord::GuestIsOurs;
+        };
+        let handed_over = matches!(protection.end(why).await, Err(CommandError::Refused(_)));
+        let patience = if handed_over {
+            limits::HAND_OVER_WORD
+        } else {
+            limits::SESSION_LAST_WORDS
+        };
+        match tokio::time::timeout(patience, protection.outcome()).await {
+            Ok(Outcome::Moved(_)) => LastWord::Moved,
+            Err(_) if handed_over => LastWord::Unknown,
+            Ok(Outcome::Stayed { .. }) | Err(_) => LastWord::GuestIsOurs,
+        }
+    }
+
+    /// The guest, if it is here: to be let go of.
+    pub(crate) fn take_guest(&self) -> Option<Arc<dyn Guest>> {
+        match std::mem::take(&mut self.state().place) {
+            Place::Here(here) => Some(here.resident.guest),
+            _ => None,
+        }
+    }
+
+    /// Who this is.
+    pub(crate) fn ping(&self) -> Ping {
+        Ping {
+            version: version(),
+            pid: std::process::id(),
+            name: self.name(),
+        }
+    }
+
+    /// The latest long job.
+    pub(crate) fn last_job(&self) -> Option<Job> {
+        self.state().job.clone()
+    }
+
+    /// What people call the guest.
+    pub(crate) fn name(&self) -> String {
+        let guest = self.state().here().ok().map(|here| here.identity.guest.to_string());
+        self.name_of(guest.as_deref())
+    }
+
+    fn name_of(&self, guest: Option<&str>) -> String {
+        let by_guest = || guest.map_or_else(|| "shadow".to_owned(), |guest| format!("guest-{}", &guest[..8]));
+        self.name.clone().unwrap_or_else(by_guest)
+    }
+
+    /// Where everything stands.
+    pub(crate) async fn status(&self) -> Status {
+        let ending = self.ending.borrow().clone();
+        let (mut status, session, shadow) = self.own_status();
+        if let Some(session) = session {
+            if let Ok(protection) = session.protection.status().await {
+                status.add_session(&session, &protection);
+            }
+        } else if let Some(shadow) = shadow
+            && let Ok(shadow) = shadow.status().await
+        {
+            status.add_shadow(&shadow);
+            status.name = self.name_of(status.guest.as_deref());
+        }
+        if let Some(ending) = ending {
+            status.role = Role::Ended;
+            status.guest_state = GuestState::Ended;
+            status.exit = Some(ending.to_string());
+        }
+        status
+    }
+
+    /// What this process knows without asking its loops, and whom to ask.
+    fn own_status(&self) -> (Status, Option<Session>, Option<ShadowHandle>) {
+        let name = self.name();
+        let state = self.state();
+        let mut status = Status {
+            version: version(),
+            pid: std::process::id(),
+            uptime_ms: ms(self.began.elapsed()),
+            role: Role::Shadow,
+            name,
+            guest: None,
+            guest_state: GuestState::Elsewhere,
+            term: None,
+            vcpus: None,
+            memory_bytes: None,
+            identity: self.identity.fingerprint().to_string(),
+            listen: state.listen.clone(),
+            peer: None,
+            phase: None,
+            epoch: None,
+            pages: None,
+            seeded: None,
+            debt: None,
+            latest_harvest: None,
+            predicted_pause_ms: None,
+            shipped_bytes: None,
+            counts: None,
+            switching: state.switching(),
+            reasons: Vec::new(),
+            paths: Vec::new(),
+            link: None,
+            job: state.job.clone(),
+            last_switchover: state.last_switchover.clone(),
+            last_error: state.last_error.clone(),
+            exit: None,
+        };
+        let (session, shadow) = match &state.place {
+            Place::Nowhere => (None, None),
+            Place::Shadow(handle) => (None, Some(handle.clone())),
+            Place::Here(here) => {
+                status.role = if here.session.is_some() {
+                    Role::Source
+                } else {
+                    Role::Running
+                };
+                status.guest = Some(here.identity.guest.to_string());
+                status.term = Some(here.identity.term.0);
+                status.vcpus = Some(here.resident.vcpus);
+                status.memory_bytes = Some(here.resident.memory.0);
+                status.guest_state = match here {
+                    Here { paused: true, .. } => GuestState::Paused,
+                    Here {
+                        session: Some(Session { gave_up: Some(_), .. }),
+                        ..
+                    } => GuestState::HandedOver,
+                    _ if state.switching() => GuestState::Switching,
+                    _ => GuestState::Running,
+                };
+                (here.session.clone(), None)
+            }
+        };
+        (status, session, shadow)
+    }
+
+    fn take_turn(&self) -> Result<tokio::sync::MutexGuard<'_, ()>, Denied> {
+        let busy = |_| Denied::Refused("another command is under way; try again when it is done".to_owned());
+        self.turn.try_lock().map_err(busy)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Status {
+    fn add_session(&mut self, session: &Session, protection: &ProtectionStatus) {
+        let ProtectionStatus {
+            source,
+            link,
+            last_error,
+        } = protection;
+        let SourceStatus {
+            phase,
+            term,
+            epoch,
+            pages,
+            seeded,
+            debt,
+            latest_harvest,
+            counts,
+            shipped,
+            ..
+        } = source;
+        self.peer = Some(session.peer.to_string());
+        self.phase = Some(word(*phase));
+        self.term = Some(term.0);
+        self.epoch = Some(epoch.0);
+        self.pages = Some(pages.0);
+        self.seeded = Some(seeded.get());
+        self.debt = Some(debt.0);
+        self.latest_harvest = Some(latest_harvest.0);
+        self.predicted_pause_ms = source.predicted_pause.map(ms);
+        self.shipped_bytes = Some(shipped.0);
+        self.counts = Some((*counts).into());
+        self.reasons.clone_from(&source.reasons);
+        self.last_error = last_error.clone().or_else(|| self.last_error.take());
+        self.add_link(link.as_ref(), Some(&session.paths));
+    }
+
+    fn add_shadow(&mut self, status: &ShadowNodeStatus) {
+        let ShadowNodeStatus {
+            shadow,
+            link,
+            last_error,
+        } = status;
+        self.phase = Some(shadow_word(shadow.phase));
+        self.reasons.clone_from(&shadow.reasons);
+        self.last_error = last_error.clone().or_else(|| self.last_error.take());
+        if let Some(hello) = &shadow.hello {
+            self.guest = Some(hello.guest.to_string());
+            self.term = Some(hello.term.0);
+            self.pages = Some(hello.spaces.iter().map(|space| space.present_pages().0).sum());
+            self.seeded = Some(shadow.complete.get());
+            self.counts = Some(shadow.counts.into());
+        }
+        self.add_link(link.as_ref(), None);
+    }
+
+    fn add_link(&mut self, stats: Option<&Stats>, specs: Option<&[PathSpec]>) {
+        let Some(Stats { link, connections }) = stats else {
+            return;
+        };
+        let LinkStats {
+            blocks_sent,
+            blocks_delivered,
+            blocks_received,
+            parity_bytes,
+            ..
+        } = *link;
+        let LinkStats {
+            resent_bytes,
+            reinjected_bytes,
+            stripes_repaired,
+            ..
+        } = *link;
+        self.link = Some(LinkStatus {
+            blocks_sent,
+            blocks_delivered,
+            blocks_received,
+            parity_bytes,
+            resent_bytes,
+            reinjected_bytes,
+            stripes_repaired,
+        });
+        self.paths = link.paths.iter().map(PathStatus::from).collect();
+        for path in &mut self.paths {
+            let spec = specs.and_then(|specs| specs.get(usize::from(path.id)));
+            let connected = connections.iter().find(|connection| connection.path.0 == path.id);
+            path.local = spec.and_then(|spec| spec.local).map(|local| local.to_string());
+            let remote = spec
+                .map(|spec| spec.remote)
+                .or_else(|| connected.map(|connected| connected.remote));
+            path.remote = remote.map(|remote| remote.to_string());
+        }
+    }
+}
+
+impl From<&umbra_paths::PathStats> for PathStatus {
+    fn from(path: &umbra_paths::PathStats) -> Self {
+        let state = match path.state {
+            PathState::Up => "up",
+            PathState::Suspect(Suspicion::Silent) => "silent",
+            PathState::Suspect(Suspicion::Stalled) => "stalled",
+            PathState::Down => "down",
+        };
+        #[expect(clippy::cast_precision_loss, reason = "a display rounds anyway")]
+        let rate_mbit = path.rate.0 as f64 * 8.0 / 1e6;
+        Self {
+            id: path.path.0,
+            local: None,
+            remote: None,
+            state: state.to_owned(),
+            rtt_ms: ms(path.rtt),
+            rate_mbit,
+            loss: path.loss.get(),
+            bytes: path.message_bytes + path.bulk_bytes + path.urgent_bytes,
+            share: path.share.get(),
+            outstanding_bytes: path.outstanding_bytes,
+            suspected: path.suspected,
+            died: path.died,
+        }
+    }
+}
+
+impl core::fmt::Display for Ending {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Self::Guest(reason) => write!(f, "the guest {reason}"),
+            Self::Stopped(how) => write!(f, "stopped {how}"),
+            Self::Moved(report) => write!(
+                f,
+                "the guest moved to {} in term {}, with a pause of {:.1} ms",
+                report.to.first().map_or("its shadow", String::as_str),
+                report.term,
+                report.pause_ms
+            ),
+            Self::Failed(why) => f.write_str(why),
+        }
+    }
+}
+
+/// What `protect` asks for, checked.
+struct Wanted {
+    paths: Vec<PathSpec>,
+    peers: Peers,
+    identity: Arc<Identity>,
+    config: ProtectConfig,
+}
+
+impl Wanted {
+    fn read(request: &ProtectRequest, own: &Arc<Identity>) -> Result<Self, Denied> {
+        let bad = |field: &str, text: String| Denied::Malformed(format!("{field}: {text}"));
+        within("to", request.to.len(), limits::PATHS)?;
+        within("peers", request.peers.len(), limits::PEERS)?;
+        let path = |text: &String| text.parse::<PathSpec>().map_err(|error| bad("to", error.to_string()));
+        let mut peers = Peers::none();
+        for peer in &request.peers {
+            peers = peers.and(
+                peer.parse::<Fingerprint>()
+                    .map_err(|error| bad("peers", error.to_string()))?,
+            );
+        }
+        let load = |dir: &PathBuf| Identity::load(dir).map_err(|error| bad("identity", error.to_string()));
+        let identity = request.identity.as_ref().map(load).transpose()?;
+        let mut config = ProtectConfig::default();
+        if let Some(bytes) = request.cache_bytes {
+            config.cache = Bytes(bytes);
+        }
+        if let Some(span) = span("harvest_ms", request.harvest_ms)? {
+            config.source.harvest_every = span;
+            config.source.harvest_idle = config.source.harvest_idle.max(span);
+        }
+        config.compression = match request.compression {
+            None | Some(Compression::Auto) => umbra_node::Compression::Auto,
+            Some(Compression::On) => umbra_node::Compression::On,
+            Some(Compression::Off) => umbra_node::Compression::Off,
+        };
+        Ok(Self {
+            paths: request.to.iter().map(path).collect::<Result<_, _>>()?,
+            peers,
+            identity: identity.map_or_else(|| Arc::clone(own), Arc::new),
+            config,
+        })
+    }
+}
+
+fn within(field: &str, got: usize, most: usize) -> Result<(), Denied> {
+    if (1..=most).contains(&got) {
+        return Ok(());
+    }
+    Err(Denied::Malformed(format!("{field}: expected 1 to {most}, got {got}")))
+}
+
+/// Milliseconds from a request, if they are there.
+fn span(field: &str, given: Option<f64>) -> Result<Option<Duration>, Denied> {
+    /// A day: nobody waits longer for anything here.
+    const MOST: f64 = 86_400_000.0;
+    match given {
+        None => Ok(None),
+        Some(given) if (0.001..=MOST).contains(&given) => Ok(Some(Duration::from_secs_f64(given / 1e3))),
+        Some(given) => Err(Denied::Malformed(format!(
+            "{field}: expected 0.001 to {MOST} ms, got {given}"
+        ))),
+    }
+}
+
+fn options(request: &MigrateRequest) -> Result<SwitchoverOptions, Denied> {
+    let usual = SwitchoverOptions::default();
+    Ok(SwitchoverOptions {
+        downtime_limit: span("downtime_limit_ms", request.downtime_limit_ms)?.unwrap_or(usual.downtime_limit),
+        timeout: span("timeout_ms", request.timeout_ms)?.unwrap_or(usual.timeout),
+        pause_limit: span("pause_limit_ms", request.pause_limit_ms)?.unwrap_or(usual.pause_limit),
+        audit: request.verify == Some(Verify::Full),
+    })
+}
+
+async fn blocking<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> Result<T, Denied> {
+    tokio::task::spawn_blocking(act)
+        .await
+        .map_err(|error| Denied::Failed(error.to_string()))
+}
+
+/// Sixteen random bytes.
+fn draw() -> Result<[u8; 16], Failure> {
+    use std::io::Read;
+    let mut bytes = [0; 16];
+    let mut random = std::fs::File::open("/dev/urandom").map_err(Failure::on("/dev/urandom"))?;
+    random.read_exact(&mut bytes).map_err(Failure::on("/dev/urandom"))?;
+    Ok(bytes)
+}
+
+fn version() -> String {
+    env!("CARGO_PKG_VERSION").to_owned()
+}
+
+/// A share as people read it.
+pub(crate) fn percent(share: f64) -> String {
+    Ratio::new(share.clamp(0.0, 1.0)).unwrap_or_default().to_string()
+}
