@@ -67,7 +67,8 @@ pub(crate) fn status(args: &StatusArgs) -> Result<Code, Failure> {
             if let Err(failure) = show_status(&client, args.json).await {
                 // It was there a moment ago: the process has ended, and so does watching it.
                 return if failure.code == Code::NoAnswer {
-                            } else {
+                    Ok(Code::Success)
+                } else {
                     Err(failure)
                 };
             }
