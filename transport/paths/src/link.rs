@@ -1339,13 +1339,18 @@ impl Link {
             return;
         };
         let Some(stripes) = listed else { return };
+        // Stripes are listed in order: what is missing from the list is complete, up to where the list was cut.
+        let known = if more {
+            stripes.last().map_or(0, |(last, _)| usize::from(*last))
+        } else {
+            layout.stripes()
+        };
         let landed = |lay: &Lay| {
             let Some(first) = lay.patch else { return false };
             let (stripe, index) = layout.place_of(first as usize);
             match stripes.iter().find(|(s, _)| usize::from(*s) == stripe) {
                 Some((_, have)) => have.get(index / 8).is_some_and(|byte| byte >> (index % 8) & 1 == 1),
-                // A stripe that is not listed is complete, if all were listed.
-                None => !more,
+                None => stripe < known,
             }
         };
         let gone = self.blocks.lift(id, landed);

@@ -263,6 +263,40 @@ fn an_urgent_block_under_which_a_path_goes_dark_ends_with_the_survivors() {
 }
 
 #[test]
+fn more_gaps_than_fit_one_acknowledgement_are_repaired_in_turn() {
+    // Found by seed 643: a repair that had landed was not believed while the list of gaps was cut short.
+    let mut world = world(7, &[Weather::clear(200, 20 * MS)]);
+    pour(&mut world, 4 << 20);
+    world.set_weather(
+        0,
+        Some(0),
+        Weather {
+            max_datagram: 400,
+            ..Weather::clear(200, 20 * MS).lossy(0.01, 1.0)
+        },
+    );
+    world.run_for(SECOND);
+    world.set_weather(
+        0,
+        Some(0),
+        Weather {
+            max_datagram: 400,
+            ..Weather::clear(200, 20 * MS).lossy(0.4, 2.0)
+        },
+    );
+    for _ in 0..2 {
+        world.send_block(0, Class::Urgent, 4 << 20);
+    }
+    assert!(
+        world.run(world.now + 5 * SECOND, World::settled),
+        "{:#?}",
+        stats(&world)
+    );
+    assert_eq!(stats(&world).urgent_as_shards, 2);
+    world.check_contents();
+}
+
+#[test]
 fn small_urgent_blocks_do_not_notice_a_dying_path() {
     let rtt = 20 * MS;
     let weathers = [Weather::clear(100, rtt); 3];
