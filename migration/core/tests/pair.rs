@@ -497,6 +497,32 @@ fn a_shadow_that_is_not_prepared_in_time_is_given_up_and_the_guest_runs_on() {
 }
 
 #[test]
+fn a_shadow_may_be_prepared_before_the_source_hears_that_it_sent() {
+    let mut pair = Pair::new(50);
+    pair.run_for(Duration::from_secs(1));
+    pair.source.switchover(pair.now, SwitchoverOptions::default()).unwrap();
+    let plan = loop {
+        pair.source_steps();
+        match pair.source.take_plan(pair.now) {
+            Some(plan) if plan.close.is_some() => break plan,
+            Some(plan) => pair
+                .batches
+                .push_back(pair.encoder.encode(plan, &pair.here, true).unwrap().bytes),
+            None => {}
+        }
+        pair.deliver();
+    };
+    let encoded = pair.encoder.encode(plan, &pair.here, true).unwrap();
+    let size = Bytes::of_len(encoded.bytes.len());
+    pair.batches.push_back(encoded.bytes);
+    pair.settle();
+    pair.source.handle_encoded(pair.now, encoded.id, size, encoded.counts);
+    pair.settle();
+    assert!(pair.there.runs() && !pair.here.runs());
+    assert_eq!(pair.moved().term, Term(2));
+}
+
+#[test]
 fn a_closing_batch_that_arrives_after_its_withdrawal_prepares_nothing() {
     let mut pair = Pair::new(50);
     pair.run_for(Duration::from_secs(1));

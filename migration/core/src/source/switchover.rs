@@ -441,7 +441,9 @@ impl Source {
         if self.phase != SourcePhase::Final || epoch != self.epoch {
             return; // answers a final epoch that was taken back meanwhile
         }
-        let Some(closing) = self.closing.as_mut().filter(|closing| closing.sent.is_some()) else {
+        // The word that the closing batch was sent may come later than the shadow's answer to it: two threads, one link.
+        // covered by: a_shadow_may_be_prepared_before_the_source_hears_that_it_sent
+        let Some(closing) = self.closing.as_mut().filter(|closing| closing.closing_batch.is_some()) else {
             return self.end_by(Fault::PeerMisbehaved(
                 "it is prepared for an epoch that was not closed".to_owned(),
             ));
