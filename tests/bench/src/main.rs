@@ -1,0 +1,73 @@
+//! The figures of `docs/numbers.md`, one JSON line each: `cargo xtask bench [NAME…] [--short]`.
+//!
+//! Every figure is taken from whole processes as an operator would run them: real guests, real QUIC over loopback, an
+//! observer outside who stamps each byte of the guest's console. Figures that are compared are measured in alternation,
+//! because machines drift. Nothing here passes or fails: a figure says whether it met its aim, and that is all.
+//!
+//! | module | what |
+//! |---|---|
+//! | `figure` | a figure: samples, median, 99th percentile, aim |
+//! | `moves` | pauses and evacuation |
+//! | `seeding` | the first full copy |
+//! | `start` | starting a guest, what it costs, and the demo |
+//! | `usage` | what the kernel says of a process |
+#![forbid(unsafe_code)]
+
+mod figure;
+mod moves;
+mod seeding;
+mod start;
+mod usage;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+use figure::Figure;
+
+/// A family of figures that are measured together.
+struct Family {
+    names: &'static [&'static str],
+    measure: fn(samples: usize) -> Result<Vec<Figure>>,
+    /// Samples of the full form and of the short one.
+    samples: (usize, usize),
+}
+
+const FAMILIES: &[Family] = &[
+    Family { names: &["pause_idle_256m", "pause_idle_1g"], measure: moves::idle, samples: (20, 3) },
+    Family { names: &["pause_busy_1g", "evacuate_1g"], measure: moves::busy, samples: (20, 2) },
+    Family { names: &["seed_throughput", "seed_cpu_tx", "seed_cpu_rx"], measure: seeding::incompressible, samples: (20, 2) },
+    Family { names: &["first_byte", "vmm_overhead"], measure: start::launch, samples: (20, 5) },
+    Family { names: &["demo_wall"], measure: start::demo, samples: (5, 1) },
+];
+
+fn main() -> ExitCode {
+    match run(std::env::args().skip(1).collect()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Vec<String>) -> Result<()> {
+    let (options, wanted): (Vec<String>, Vec<String>) = args.into_iter().partition(|arg| arg.starts_with("--"));
+    // The lines are JSON anyway; `--json` is there for whoever expects to have to ask for them.
+    if let Some(unknown) = options.iter().find(|option| !matches!(option.as_str(), "--json" | "--short")) {
+        bail!("unknown option {unknown}: expected --json or --short");
+    }
+    let names: Vec<&str> = FAMILIES.iter().flat_map(|family| family.names).copied().collect();
+    if let Some(unknown) = wanted.iter().find(|name| !names.contains(&name.as_str())) {
+        bail!("no figure is called {unknown}: expected some of {}", names.join(", "));
+    }
+    let short = options.iter().any(|option| option == "--short");
+    let is_wanted = |name: &str| wanted.is_empty() || wanted.iter().any(|wanted| wanted == name);
+    for family in FAMILIES.iter().filter(|family| family.names.iter().any(|name| is_wanted(name))) {
+        let samples = if short { family.samples.1 } else { family.samples.0 };
+        for figure in (family.measure)(samples)?.iter().filter(|figure| is_wanted(figure.name)) {
+            println!("{}", figure.line());
+        }
+    }
+    Ok(())
+}
