@@ -506,7 +506,8 @@ impl Vm {
         }
     }
 
-    fn moved(&self, report: &umbra_core::report::SwitchoverReport) {
+    /// Note down a switchover that succeeded, and tell whoever asked for it. May be done twice.
+    fn note_move(&self, report: &umbra_core::report::SwitchoverReport) -> SwitchoverReport {
         let report = {
             let mut state = self.state();
             let (guest, to) = match state.here() {
@@ -525,6 +526,11 @@ impl Vm {
             report
         };
         self.finish_job(Ok(report.clone()));
+        report
+    }
+
+    fn moved(&self, report: &umbra_core::report::SwitchoverReport) {
+        let report = self.note_move(report);
         self.events
             .tell(Teller::Guest, "moved", json!({ "to": &report.to, "term": report.term }));
         self.end(Ending::Moved(Box::new(report)));
@@ -620,9 +626,10 @@ impl Vm {
         );
         let vm = Arc::clone(self);
         tokio::spawn(async move {
-            // A success is told with the session's outcome, so that nobody hears of it before it is final.
-            if let Err(error) = protection.switchover(options).await {
-                vm.finish_job(Err(error.to_string()));
+            match protection.switchover(options).await {
+                // Final: the process ends when the link has been closed in good order, but nobody need wait for that.
+                Ok(report) => drop(vm.note_move(&report)),
+                Err(error) => vm.finish_job(Err(error.to_string())),
             }
         });
         Ok(id)
