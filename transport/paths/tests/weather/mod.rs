@@ -210,6 +210,8 @@ pub(crate) struct World {
     next: u64,
     rng: Rng,
     pub(crate) samples: bool,
+    /// Some messages are long.
+    pub(crate) long_messages: bool,
 }
 
 impl World {
@@ -241,6 +243,7 @@ impl World {
             next: 0,
             rng,
             samples: true,
+            long_messages: true,
         };
         for path in 0..weathers.len() {
             world.at(Duration::ZERO, Script::Revive { path });
@@ -267,7 +270,7 @@ impl World {
     }
 
     pub(crate) fn send_message(&mut self, side: usize) {
-        let len = usize::try_from(if self.rng.chance(0.1) {
+        let len = usize::try_from(if self.long_messages && self.rng.chance(0.1) {
             self.rng.below(200_000)
         } else {
             self.rng.below(300)
