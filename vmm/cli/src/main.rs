@@ -42,6 +42,10 @@ mod say;
 mod shadow;
 mod socket;
 mod status;
+#[cfg(test)]
+#[path = "../../node/examples/toy.rs"]
+#[allow(dead_code, reason = "the tests want its guest, not its nodes")]
+mod toy;
 mod units;
 mod vm;
 

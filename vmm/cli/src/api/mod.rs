@@ -18,3 +18,6 @@ pub(crate) mod client;
 pub(crate) mod metrics;
 pub(crate) mod server;
 pub(crate) mod types;
+
+#[cfg(test)]
+mod tests;

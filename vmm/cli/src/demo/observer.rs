@@ -198,6 +198,7 @@ impl Reading {
         if line.contains("CORRUPT") || line.contains("PANIC") {
             self.account.complaints.push(line.to_owned());
         }
+        self.ready |= line.starts_with("umbra-guest: ready");
         let checked = line
             .split_whitespace()
             .find_map(|word| word.strip_prefix("checked=")?.parse().ok());
