@@ -320,6 +320,21 @@ async fn garbage_closes_its_path_and_repeated_garbage_ends_the_link() {
 }
 
 #[tokio::test]
+async fn a_path_joined_anew_replaces_its_older_self_and_outlives_it() {
+    let mut scene = Scene::new();
+    let (old, link, again) = scene.joined().await;
+    let new = scene.connection().await;
+    token(soon("an answer", join::ask(&new, &again)).await);
+    let (code, _) = code_of(&soon("the old one is closed", old.closed()).await);
+    assert_eq!(code, close_code::REPLACED);
+    // The end of the old one must not take the new one for its own: the link's heartbeats go on there.
+    for _ in 0..4 {
+        soon("a heartbeat", new.read_datagram()).await.unwrap();
+    }
+    assert_eq!(link.stats().await.unwrap().connections.len(), 1);
+}
+
+#[tokio::test]
 async fn a_stream_longer_than_any_block_is_cut_off() {
     let mut scene = Scene::new();
     let (connection, _link, _) = scene.joined().await;

@@ -11,13 +11,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::timeout;
-use umbra_netem::{Relay, RelayConfig, Way, Weather};
+use umbra_netem::{Loss, Relay, RelayConfig, Way, Weather};
 use umbra_paths::{Class, LinkConfig, LinkEvent};
 use umbra_quic::{
     ConnectConfig, ConnectError, Ended, Event, Fingerprint, Identity, Knock, LinkHandle, ListenConfig, Listener,
     PathError, PathSpec, Peers, Refusal, SendError, Tuning, connect,
 };
-use umbra_units::{Bandwidth, PathId, Rng};
+use umbra_units::{Bandwidth, PathId, Ratio, Rng};
 
 /// Nothing here takes this long; without it a broken promise would hang instead of fail.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -623,6 +623,51 @@ async fn the_handle_says_how_its_connections_are() {
         "loopback carries more than a network: {stats:?}"
     );
     assert_eq!(stats.link.blocks_sent, 50);
+    assert_eq!(
+        stats.link.paths[0].queued_bytes, 0,
+        "everything was handed to the connection: {stats:?}"
+    );
     let mut room = source.room();
     soon("room", room.wait_for(|room| *room > 0)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_link_learns_from_its_connections_what_the_weather_is() {
+    let mut world = World::new(1);
+    let loss = Loss::random(Ratio::new(0.05).unwrap());
+    let relays = world.relays(Weather::link(Bandwidth::mbit(400), Duration::from_millis(1)).losing(loss));
+    let (source, mut shadow) = world.link(&addrs(&relays)).await;
+    // Bulk alone: QUIC repairs it, so that only its own statistics tell of the loss.
+    let sender = source.sender().clone();
+    let sent = tokio::spawn(async move {
+        for i in 0..100 {
+            sender.send_block(Class::Bulk, block(i, 65_536)).await.unwrap();
+        }
+    });
+    receive_all(&mut shadow, 100, 0, 65_536).await;
+    sent.await.unwrap();
+    let stats = source.stats().await.unwrap();
+    let measured = stats.link.paths[0].loss.get();
+    assert!((0.01..0.2).contains(&measured), "5 % are lost: {stats:?}");
+}
+
+#[tokio::test]
+async fn what_a_connection_has_taken_no_longer_waits_for_it() {
+    let mut world = World::new(1);
+    let relays = world.relays(Weather::clear());
+    let (mut source, _shadow) = world.link(&addrs(&relays)).await;
+    until_up(&mut source, 1).await;
+    // Nothing arrives, so nothing is acknowledged: only the connection's word can move the block on.
+    relays[0].blackout(true);
+    source.send_block(Class::Bulk, block(0, 32_768)).await.unwrap();
+    let taken = async {
+        loop {
+            let path = source.stats().await.unwrap().link.paths.remove(0);
+            if path.outstanding_bytes >= 32_768 && path.queued_bytes == 0 {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    soon("the connection takes the block", taken).await;
 }
