@@ -635,6 +635,32 @@ mod tests {
     }
 
     #[test]
+    fn a_shard_or_patch_of_another_length_than_its_layout_says_is_malformed() {
+        for len in [0, 999, 1_001] {
+            let (id, layout, bytes) = (BlockId(0), layout(), Bytes::from(vec![0; len]));
+            let shard = Frame::Shard {
+                id,
+                layout,
+                stripe: 0,
+                index: 0,
+                bytes: bytes.clone(),
+            };
+            assert!(
+                Frame::from_datagram(&shard.into_datagram(PathId(0), 0)).is_err(),
+                "{len}"
+            );
+            let patch = Frame::Patch {
+                id,
+                layout,
+                runs: vec![(0, 1)],
+                bytes,
+            };
+            let (head, body) = patch.into_stream();
+            assert!(Frame::from_stream(&[head, body].concat().into()).is_err(), "{len}");
+        }
+    }
+
+    #[test]
     fn nothing_missing_is_asked_for_twice() {
         let ask = |blocks: &[(u64, &[u16])]| {
             let stripes = |stripes: &[u16]| stripes.iter().map(|stripe| (*stripe, vec![0])).collect();

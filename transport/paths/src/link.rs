@@ -1543,3 +1543,53 @@ fn f64_of(n: usize) -> f64 {
 fn count_u32(n: usize) -> u32 {
     u32::try_from(n).expect("shards and bytes of a block within BLOCK_BYTES")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Call `link` at each of its own deadlines until `end`, taking whatever it says.
+    fn keep_time(link: &mut Link, end: Now) -> Vec<LinkEvent> {
+        let mut events = Vec::new();
+        loop {
+            events.extend(core::iter::from_fn(|| link.poll_event()));
+            while link.poll_output().is_some() {}
+            let next = link.poll_timeout();
+            if next > end {
+                return events;
+            }
+            link.handle_time(next);
+        }
+    }
+
+    #[test]
+    fn a_loop_that_was_late_does_not_blame_its_paths() {
+        let mut link = Link::new(LinkConfig::default());
+        let facts = PathFacts {
+            max_datagram: 1_200,
+            rtt: Some(Duration::from_millis(20)),
+        };
+        link.path_up(Now::ZERO, PathId(0), facts);
+        link.send_message(Now::ZERO, vec![0; 10]).unwrap();
+        let suspected = |events: &[LinkEvent]| events.iter().any(|e| matches!(e, LinkEvent::PathSuspect(..)));
+        assert!(!suspected(&keep_time(&mut link, Now::from_us(40_000))));
+        // Half a second in which this process did not run: the answers may be waiting in the socket.
+        link.handle_time(Now::from_us(540_000));
+        assert!(!suspected(
+            &core::iter::from_fn(|| link.poll_event()).collect::<Vec<_>>()
+        ));
+        // If they are not, the path is suspected soon after.
+        assert!(suspected(&keep_time(&mut link, Now::from_us(640_000))));
+    }
+
+    #[test]
+    fn what_is_missing_is_asked_for_once_and_only_as_much_as_needed() {
+        let layout = Layout::new(10_000, 1_000, 5, 2).unwrap();
+        // Stripe 0 has three of seven, one of them parity; stripe 1 has five, so it needs nothing.
+        let stripes = [(0, vec![0b0010_0101]), (1, vec![0b0101_1101]), (9, vec![0])];
+        assert_eq!(missing_runs(layout, &stripes), [(1, 1), (3, 1)]);
+        let mut runs = VecDeque::from([(0, 3), (10, 5)]);
+        assert_eq!(take_runs(&mut runs, 5), [(0, 3), (10, 2)]);
+        assert_eq!(runs, [(12, 3)]);
+    }
+}

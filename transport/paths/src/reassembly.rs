@@ -553,6 +553,18 @@ mod tests {
     }
 
     #[test]
+    fn parity_of_a_complete_stripe_is_not_kept() {
+        let whole = block(4 * 256, 6);
+        let layout = Layout::new(4 * 256, 256, 2, 3).unwrap();
+        let mut inbox = Inbox::default();
+        for (place, bytes) in shards(layout, &whole).into_iter().take(5) {
+            let arrival = inbox.shard(BlockId(0), layout, place, bytes).unwrap();
+            // Two data shards complete the first stripe; its three parity shards say nothing new.
+            assert_eq!(arrival == Arrival::Piece, place.1 < 2, "{place:?}");
+        }
+    }
+
+    #[test]
     fn a_flood_and_a_contradiction_are_the_peers_fault() {
         let mut inbox = Inbox::default();
         let layout = Layout::new(limits::BLOCK_BYTES, 1_024, 128, 1).unwrap();
