@@ -74,7 +74,7 @@ pub(crate) enum Command {
     Identity(IdentityCommand),
     /// Find out what this host's KVM can do, by trying
     Doctor(DoctorArgs),
-    /// Watch a guest move over three bad networks, one of which is cut twice
+    /// Watch a guest move over three bad networks, two of which are cut on the way
     Demo(DemoArgs),
     /// Print a completion script
     Completions(CompletionsArgs),

@@ -123,7 +123,7 @@ impl Process {
 }
 
 /// Do what an ending asks for; says how the process ends.
-async fn wind_down(vm: &Vm, ending: &Ending) -> (Code, String) {
+pub(crate) async fn wind_down(vm: &Vm, ending: &Ending) -> (Code, String) {
     let text = ending.to_string();
     let word = match ending {
         Ending::Moved(_) => LastWord::Moved,

@@ -1,16 +1,16 @@
 //! The API as a client meets it: a real server on a real socket, a real session over loopback, and a guest that needs no
 //! KVM.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::time::timeout;
-use umbra_core::guest::Guest;
+use umbra_core::guest::{Guest, GuestBuilder, GuestError, Harvest, PageBytes, Space, StateRecord};
 use umbra_core::shadow::ShadowConfig;
 use umbra_node::ShadowNode;
 use umbra_quic::{Identity, ListenConfig, Listener, Peers, Tuning};
-use umbra_units::{Bytes, PageCount};
+use umbra_units::{Bytes, PageCount, PageId, Pfn, SpaceId};
 
 use super::client::{Client, EventStream};
 use super::server::Server;
@@ -18,6 +18,7 @@ use super::types::{Accepted, Event, GuestState, Job, JobState, ProtectRequest, R
 use crate::events::Events;
 use crate::exit::{Code, Failure};
 use crate::limits;
+use crate::process;
 use crate::socket::PrivateSocket;
 use crate::toy::{Toy, ToyBuilder, live};
 use crate::vm::{Ending, Resident, Vm};
@@ -58,6 +59,13 @@ impl Process {
 
     /// A shadow that lets in `source`, and where it listens.
     fn shadow_of(source: &Self, once: bool) -> (Self, Arc<ToyBuilder>, String) {
+        let (process, listener, addr) = Self::listening(source);
+        let builder = Arc::new(ToyBuilder::default());
+        process.hold_shadows(listener, Arc::clone(&builder) as _, once);
+        (process, builder, addr)
+    }
+
+    fn listening(source: &Self) -> (Self, Listener, String) {
         let process = Self::new("shadow");
         let listener = Listener::bind(ListenConfig {
             addrs: vec!["quic:127.0.0.1:0".parse().unwrap()],
@@ -67,12 +75,21 @@ impl Process {
         });
         let listener = listener.unwrap();
         let addr = format!("quic:{}", listener.addrs()[0]);
-        let builder = Arc::new(ToyBuilder::default());
-        let (node, handle) = ShadowNode::new(listener, Arc::clone(&builder) as _, ShadowConfig::default());
-        process
-            .vm
-            .shadow(node, handle, vec![addr.clone()], once, |guest| Some(resident(guest)));
-        (process, builder, addr)
+        (process, listener, addr)
+    }
+
+    /// A shadow whose guest does not start until it is told to.
+    fn reluctant_shadow_of(source: &Self) -> (Self, mpsc::Sender<()>, String) {
+        let (process, listener, addr) = Self::listening(source);
+        let (start, told) = mpsc::channel();
+        process.hold_shadows(listener, Arc::new(ReluctantBuilder(Mutex::new(Some(told)))), false);
+        (process, start, addr)
+    }
+
+    fn hold_shadows(&self, listener: Listener, builder: Arc<dyn GuestBuilder>, once: bool) {
+        let (node, handle) = ShadowNode::new(listener, builder, ShadowConfig::default());
+        self.vm
+            .shadow(node, handle, Vec::new(), once, |guest| Some(resident(guest)));
     }
 
     async fn status(&self) -> Status {
@@ -116,6 +133,80 @@ impl Process {
             .unwrap();
         ending.clone().unwrap()
     }
+}
+
+/// A toy that starts when it is told to.
+struct Reluctant {
+    toy: Arc<Toy>,
+    told: Mutex<mpsc::Receiver<()>>,
+}
+
+/// Builds one of them.
+struct ReluctantBuilder(Mutex<Option<mpsc::Receiver<()>>>);
+
+impl GuestBuilder for ReluctantBuilder {
+    fn build(&self, description: &StateRecord) -> Result<Arc<dyn Guest>, GuestError> {
+        let builder = ToyBuilder::default();
+        builder.build(description)?;
+        let toy = builder.built().unwrap();
+        let told = Mutex::new(self.0.lock().unwrap().take().unwrap());
+        Ok(Arc::new(Reluctant { toy, told }))
+    }
+}
+
+impl Guest for Reluctant {
+    fn resume(&self) -> Result<(), GuestError> {
+        let _ = self.told.lock().unwrap().recv();
+        self.toy.resume()
+    }
+
+    fn describe(&self) -> StateRecord {
+        self.toy.describe()
+    }
+
+    fn spaces(&self) -> Vec<Space> {
+        self.toy.spaces()
+    }
+
+    fn track(&self, on: bool) -> Result<(), GuestError> {
+        self.toy.track(on)
+    }
+
+    fn harvest(&self) -> Result<Harvest, GuestError> {
+        self.toy.harvest()
+    }
+
+    fn put_back(&self, harvest: &Harvest) {
+        self.toy.put_back(harvest);
+    }
+
+    fn read_pages(&self, space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
+        self.toy.read_pages(space, pages, out)
+    }
+
+    fn read_page(&self, page: PageId, out: &mut PageBytes) -> Result<(), GuestError> {
+        self.toy.read_page(page, out)
+    }
+
+    fn apply_page(&self, page: PageId, bytes: &PageBytes) -> Result<(), GuestError> {
+        self.toy.apply_page(page, bytes)
+    }
+
+    fn pause(&self) -> Result<(), GuestError> {
+        self.toy.pause()
+    }
+
+    fn save(&self) -> Result<Vec<StateRecord>, GuestError> {
+        self.toy.save()
+    }
+
+    fn restore(&self, records: &[StateRecord]) -> Result<(), GuestError> {
+        self.toy.restore(records)
+    }
+
+    fn hold_output(&self) {}
+
+    fn release_output(&self) {}
 }
 
 fn resident(guest: Arc<dyn Guest>) -> Resident {
@@ -245,6 +336,43 @@ async fn while_a_switchover_is_under_way_nobody_else_stops_or_starts_the_guest()
     assert_eq!(source.client.get::<Job>("jobs/last").await.unwrap(), finished);
     source.put("pause", json!({})).await.unwrap();
     assert!(!toy.runs());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_was_handed_over_runs_here_again_only_if_somebody_vouches_for_it() {
+    let toy = running_toy();
+    let source = Process::running(&toy);
+    let (shadow, start, addr) = Process::reluctant_shadow_of(&source);
+    source.protect(&shadow, &addr).await;
+    let mut events = source.client.events().await.unwrap();
+    let _: Accepted = source.client.put_for("migrate", &json!({})).await.unwrap();
+    next(&mut events, "gave-up").await;
+    assert_eq!(source.status().await.guest_state, GuestState::HandedOver);
+    for command in ["pause", "resume", "stop", "unprotect", "migrate"] {
+        let refused = source.refused(command).await;
+        assert!(
+            refused.starts_with("the guest was handed over in term 2 and only the shadow may run it"),
+            "{refused}"
+        );
+    }
+    assert_eq!(source.refused("cancel").await, "too late: the guest was handed over");
+    // A process that is told to end now does not know whose the guest is, and says so; it does not run it.
+    let (code, text) = process::wind_down(&source.vm, &Ending::Stopped("by SIGTERM".to_owned())).await;
+    assert_eq!(code, Code::HandedOver);
+    assert!(text.contains("the shadow has not said whether it runs there"), "{text}");
+    assert!(!toy.runs());
+
+    source.put("resume", json!({ "peer_is_dead": true })).await.unwrap();
+    next(&mut events, "unprotected").await;
+    let status = source.status().await;
+    assert_eq!((status.role, status.guest_state), (Role::Running, GuestState::Running));
+    assert!(
+        status.term > Some(2),
+        "the term that was given away is void: {:?}",
+        status.term
+    );
+    assert!(toy.runs());
+    drop(start);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
