@@ -177,6 +177,14 @@ impl Process {
         }
     }
 
+    /// Wait until something holds of everything it told.
+    pub fn holds(&self, what: &str, look: impl Fn(&[Event]) -> bool) -> Result<()> {
+        let held = self
+            .bell
+            .wait(PATIENCE, || look(&self.evidence.events.all()).then_some(()));
+        held.with_context(|| format!("{}: waited {PATIENCE:?} in vain for: {what}", self.name()))
+    }
+
     /// The first event of this kind ever, whether or not it was waited for.
     pub fn told(&self, wanted: impl Fn(&Event) -> bool) -> Option<Event> {
         self.evidence.events.find(0, wanted).map(|(_, event)| event)

@@ -1,7 +1,7 @@
 //! A guest that runs, and what can be done with it.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -172,11 +172,33 @@ impl Vm {
         self.process.until("following", phase("following")).map(drop)
     }
 
-    /// Wait until nothing speaks against a switchover.
-    pub fn shadow_is_ready(&mut self) -> Result<()> {
-        self.process.until("a ready shadow", |event| {
-            event.name == "readiness" && event.properties["ready"] == true
-        })?;
+    /// Wait until the shadow says that nothing speaks against a switchover.
+    pub fn shadow_is_ready(&self) -> Result<()> {
+        self.process.holds("a ready shadow", |events| {
+            events
+                .iter()
+                .rfind(|event| event.name == "readiness")
+                .is_some_and(|event| event.properties["ready"] == true)
+        })
+    }
+
+    /// Wait until every path is known to have at least this round trip. A path is suspected by what it is used to, so one
+    /// that has just become long is another story than one that is long.
+    pub fn knows_its_roads(&mut self, rtt: Duration) -> Result<()> {
+        let known = |path: &Value| path["state"] == "up" && path["rtt_ms"].as_f64() >= Some(rtt.as_secs_f64() * 1e3);
+        let began = Instant::now();
+        while !self.process.status()?["paths"]
+            .as_array()
+            .is_some_and(|paths| paths.iter().all(known))
+        {
+            ensure!(
+                began.elapsed() < PATIENCE,
+                "the paths' round trips are not known: {}",
+                self.process.status()?
+            );
+            // The guest's own beats are the clock.
+            self.beats_on(50)?;
+        }
         Ok(())
     }
 

@@ -66,6 +66,7 @@ impl Scene {
     /// Stop the guest for its final epoch, over paths so long that it stays there for a while. The job's number.
     fn final_epoch(&mut self, how: &Move) -> Result<u64> {
         self.roads.all(FAR);
+        self.vm.knows_its_roads(FAR.delay * 3 / 2)?;
         let job = self.vm.migrate(how)?;
         self.vm.process.until("the final epoch", phase("final"))?;
         Ok(job)
@@ -195,6 +196,7 @@ fn a_shadow_killed_after_the_guest_was_given_up_leaves_it_stopped_until_an_opera
         scene.vm.process.put("resume", &json!({ "peer_is_dead": true }))?;
         let why = scene.vm.migration_fails(job)?;
         println!("taken back: {why}");
+        scene.vm.process.until("the session is over", named("unprotected"))?;
         scene.moves_elsewhere(world)
     });
 }

@@ -360,7 +360,7 @@ fn requests_that_make_no_sense_are_answered_in_one_line_and_the_guest_runs_on() 
                 "unknown field `downtime`",
             ),
             ("PUT", "migrate", json!({ "timeout_ms": -1 }), 400, "timeout_ms"),
-            ("PUT", "migrate", json!({ "verify": "some" }), 400, "verify"),
+            ("PUT", "migrate", json!({ "verify": "some" }), 400, "`digest` or `full`"),
             ("PUT", "migrate", json!({ "verify": "x".repeat(100_000) }), 413, "65536"),
             ("PUT", "unprotect", json!(null), 409, "nobody shadows"),
             (
