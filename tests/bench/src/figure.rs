@@ -24,7 +24,12 @@ impl Figure {
     /// A figure of at least one sample.
     pub(crate) fn new(name: &'static str, unit: &'static str, aim: Aim, mut samples: Vec<f64>) -> Self {
         samples.sort_by(f64::total_cmp);
-        Self { name, unit, aim, samples }
+        Self {
+            name,
+            unit,
+            aim,
+            samples,
+        }
     }
 
     /// The middle sample.
@@ -83,6 +88,9 @@ mod tests {
     fn a_line_has_the_names_that_others_read() {
         let line = figure(&[1.0, 2.0, 9.0]).line();
         let value: serde_json::Value = serde_json::from_str(&line).unwrap();
-        assert_eq!(value, json!({"name":"x","unit":"ms","median":2.0,"p99":9.0,"n":3,"aim":3.0,"met":true}));
+        assert_eq!(
+            value,
+            json!({"name":"x","unit":"ms","median":2.0,"p99":9.0,"n":3,"aim":3.0,"met":true})
+        );
     }
 }

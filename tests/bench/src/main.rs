@@ -34,11 +34,31 @@ struct Family {
 }
 
 const FAMILIES: &[Family] = &[
-    Family { names: &["pause_idle_256m", "pause_idle_1g"], measure: moves::idle, samples: (20, 3) },
-    Family { names: &["pause_busy_1g", "evacuate_1g"], measure: moves::busy, samples: (20, 2) },
-    Family { names: &["seed_throughput", "seed_cpu_tx", "seed_cpu_rx"], measure: seeding::incompressible, samples: (20, 2) },
-    Family { names: &["first_byte", "vmm_overhead"], measure: start::launch, samples: (20, 5) },
-    Family { names: &["demo_wall"], measure: start::demo, samples: (5, 1) },
+    Family {
+        names: &["pause_idle_256m", "pause_idle_1g"],
+        measure: moves::idle,
+        samples: (20, 3),
+    },
+    Family {
+        names: &["pause_busy_1g", "evacuate_1g"],
+        measure: moves::busy,
+        samples: (20, 2),
+    },
+    Family {
+        names: &["seed_throughput", "seed_cpu_tx", "seed_cpu_rx"],
+        measure: seeding::incompressible,
+        samples: (20, 2),
+    },
+    Family {
+        names: &["first_byte", "vmm_overhead"],
+        measure: start::launch,
+        samples: (20, 5),
+    },
+    Family {
+        names: &["demo_wall"],
+        measure: start::demo,
+        samples: (5, 1),
+    },
 ];
 
 fn main() -> ExitCode {
@@ -54,7 +74,10 @@ fn main() -> ExitCode {
 fn run(args: Vec<String>) -> Result<()> {
     let (options, wanted): (Vec<String>, Vec<String>) = args.into_iter().partition(|arg| arg.starts_with("--"));
     // The lines are JSON anyway; `--json` is there for whoever expects to have to ask for them.
-    if let Some(unknown) = options.iter().find(|option| !matches!(option.as_str(), "--json" | "--short")) {
+    if let Some(unknown) = options
+        .iter()
+        .find(|option| !matches!(option.as_str(), "--json" | "--short"))
+    {
         bail!("unknown option {unknown}: expected --json or --short");
     }
     let names: Vec<&str> = FAMILIES.iter().flat_map(|family| family.names).copied().collect();
@@ -63,9 +86,15 @@ fn run(args: Vec<String>) -> Result<()> {
     }
     let short = options.iter().any(|option| option == "--short");
     let is_wanted = |name: &str| wanted.is_empty() || wanted.iter().any(|wanted| wanted == name);
-    for family in FAMILIES.iter().filter(|family| family.names.iter().any(|name| is_wanted(name))) {
+    for family in FAMILIES
+        .iter()
+        .filter(|family| family.names.iter().any(|name| is_wanted(name)))
+    {
         let samples = if short { family.samples.1 } else { family.samples.0 };
-        for figure in (family.measure)(samples)?.iter().filter(|figure| is_wanted(figure.name)) {
+        for figure in (family.measure)(samples)?
+            .iter()
+            .filter(|figure| is_wanted(figure.name))
+        {
             println!("{}", figure.line());
         }
     }

@@ -72,7 +72,10 @@ pub(crate) fn idle(samples: usize) -> Result<Vec<Figure>> {
 /// `pause_busy_1g` and `evacuate_1g`: 100 MB/s in a working set of 64 MiB, all other memory filled once.
 pub(crate) fn busy(samples: usize) -> Result<Vec<Figure>> {
     let world = World::new()?;
-    let guest = Guest::dirty("100M", "mixed").with_cpus(2).with_memory_mib(1024).with("wss=64M fill=768M");
+    let guest = Guest::dirty("100M", "mixed")
+        .with_cpus(2)
+        .with_memory_mib(1024)
+        .with("wss=64M fill=768M");
     let mut traveller = Traveller::launch(&world, "busy", &guest)?;
     let (mut pauses, mut evacuations) = (Vec::new(), Vec::new());
     for _ in 0..samples {

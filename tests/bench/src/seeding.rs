@@ -15,7 +15,9 @@ pub(crate) fn incompressible(samples: usize) -> Result<Vec<Figure>> {
     const FILL_MIB: u32 = 768;
     let world = World::new()?;
     let (here, there) = (world.host("here")?, world.host("there")?);
-    let guest = Guest::idle().with_memory_mib(1024).with(&format!("content=random fill={FILL_MIB}M scrub=off"));
+    let guest = Guest::idle()
+        .with_memory_mib(1024)
+        .with(&format!("content=random fill={FILL_MIB}M scrub=off"));
     let mut vm = here.launch(&guest)?;
     vm.is_ready()?;
     let source = pid(&vm.process)?;
@@ -33,7 +35,9 @@ pub(crate) fn incompressible(samples: usize) -> Result<Vec<Figure>> {
         tx.push((cpu_seconds(source)? - used.0) / gigabytes);
         rx.push((cpu_seconds(sink)? - used.1) / gigabytes);
         vm.process.put("unprotect", &json!(null)).context("unprotect")?;
-        shadow.process.until("the shadow let go", umbra_e2e::phase("abandoned"))?;
+        shadow
+            .process
+            .until("the shadow let go", umbra_e2e::phase("abandoned"))?;
         shadow.process.kill()?;
         vm.process.until("unprotected", umbra_e2e::phase("abandoned"))?;
     }

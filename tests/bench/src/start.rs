@@ -36,7 +36,11 @@ pub(crate) fn demo(samples: usize) -> Result<Vec<Figure>> {
     for _ in 0..samples {
         let began = Instant::now();
         let demo = host.command(&["demo", "--json"])?;
-        ensure!(demo.status.success(), "the demo failed: {}", String::from_utf8_lossy(&demo.stderr));
+        ensure!(
+            demo.status.success(),
+            "the demo failed: {}",
+            String::from_utf8_lossy(&demo.stderr)
+        );
         walls.push(began.elapsed().as_secs_f64());
     }
     Ok(vec![Figure::new("demo_wall", "s", Aim::AtMost(30.0), walls)])

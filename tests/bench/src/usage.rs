@@ -23,7 +23,9 @@ pub(crate) fn cpu_seconds(pid: u64) -> Result<f64> {
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
         let dir = task?.path();
         // A thread may end between being listed and being read.
-        let Ok(stat) = fs::read_to_string(dir.join("stat")) else { continue };
+        let Ok(stat) = fs::read_to_string(dir.join("stat")) else {
+            continue;
+        };
         let (head, fields) = stat.rsplit_once(") ").context("a stat line")?;
         if head.split_once('(').is_some_and(|(_, name)| name.starts_with(VCPU)) {
             continue;
