@@ -1,4 +1,5 @@
 //! `umbra-sim --seed N` tells one world's story; `umbra-sim --seeds A..B` lives through many and counts.
+#![forbid(unsafe_code)]
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -166,6 +166,7 @@ const PLAN: &[Place] = &[
         may_use: &[
             "umbra-core",
             "umbra-devices",
+            "umbra-e2e",
             "umbra-machine",
             "umbra-netem",
             "umbra-node",
