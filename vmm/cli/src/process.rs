@@ -127,6 +127,7 @@ pub(crate) async fn wind_down(vm: &Vm, ending: &Ending) -> (Code, String) {
     let text = ending.to_string();
     let word = match ending {
         Ending::Moved(_) => LastWord::Moved,
+        Ending::Stopped(_) => vm.end_session(&format!("its process was {text}")).await,
         _ => vm.end_session(&text).await,
     };
     match word {

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{broadcast, watch};
+use tokio::task::JoinHandle;
 use umbra_core::event::Event as CoreEvent;
 use umbra_core::guest::{Guest, GuestError};
 use umbra_core::phase::SourcePhase;
@@ -128,6 +129,8 @@ struct State {
     job: Option<Job>,
     last_switchover: Option<SwitchoverReport>,
     last_error: Option<String>,
+    /// Ends when the source this guest came from has heard that it runs here.
+    farewell: Option<JoinHandle<()>>,
 }
 
 #[derive(Default)]
@@ -311,7 +314,12 @@ impl Vm {
     }
 
     fn taken_over(&self, taken: TakenOver, resident: impl FnOnce(Arc<dyn Guest>) -> Option<Resident>) {
-        let TakenOver { guest, id, term } = taken;
+        let TakenOver {
+            guest,
+            id,
+            term,
+            farewell,
+        } = taken;
         let Some(resident) = resident(guest) else {
             return self.end(Ending::Failed(
                 "the guest that was taken over is not one this process built".to_owned(),
@@ -321,7 +329,11 @@ impl Vm {
             "umbra: the guest {} runs here now, in term {term}",
             self.name_of(Some(&id.to_string()))
         );
-        self.state().listen.clear();
+        {
+            let mut state = self.state();
+            state.listen.clear();
+            state.farewell = Some(farewell);
+        }
         self.settle(resident, GuestIdentity { guest: id, term }, false);
     }
 
@@ -657,6 +669,14 @@ impl Vm {
         Ok(session.protection.cancel_switchover().await?)
     }
 
+    /// The source that this guest came from shall know before the process goes away, or it waits for ever.
+    async fn end_farewell(&self) {
+        let farewell = self.state().farewell.take();
+        if let Some(farewell) = farewell {
+            let _ = tokio::time::timeout(limits::SESSION_LAST_WORDS, farewell).await;
+        }
+    }
+
     /// End whatever session there is, because the process ends.
     pub(crate) async fn end_session(&self, why: &str) -> LastWord {
         let (shadow, session) = {
@@ -666,6 +686,7 @@ impl Vm {
                 _ => (None, state.session().cloned()),
             }
         };
+        self.end_farewell().await;
         if let Some(shadow) = shadow {
             // Refused when there is none, or when the guest is about to run here: then this end is its end.
             let _ = tokio::time::timeout(limits::SESSION_LAST_WORDS, shadow.end(why)).await;

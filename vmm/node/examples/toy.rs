@@ -295,6 +295,7 @@ async fn main() -> Result<(), AnyError> {
         report.breakdown.pause(),
         report.stop_pages
     );
+    println!("runs: {} here, {} there", toy.runs(), moved.runs());
     println!(
         "steps: {} here, {} there; sound: {}",
         toy.steps(),

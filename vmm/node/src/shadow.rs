@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::task::JoinHandle;
 use umbra_core::batch::Batch;
 use umbra_core::error::Fault;
 use umbra_core::event::Event;
@@ -38,6 +39,9 @@ pub struct TakenOver {
     pub id: GuestId,
     /// The term it runs in here.
     pub term: Term,
+    /// Ends when the source has heard that its guest runs here, or an hour has passed. A process that ends before
+    /// leaves a source that does not know; dropping this changes nothing.
+    pub farewell: JoinHandle<()>,
 }
 
 impl std::fmt::Debug for TakenOver {
@@ -123,7 +127,13 @@ impl std::fmt::Debug for ShadowNode {
 
 /// How one session ended, for the node.
 enum Ended {
-    TakenOver(TakenOver),
+    TakenOver {
+        guest: Arc<dyn Guest>,
+        id: GuestId,
+        term: Term,
+        /// For the farewell.
+        link: (Mouth, LinkReceiver),
+    },
     Dropped,
     /// Another source takes the silent one's place.
     Replaced(Incoming),
@@ -160,7 +170,15 @@ impl ShadowNode {
                 None => self.wait_for_source().await,
             };
             match self.serve(incoming).await? {
-                Ended::TakenOver(guest) => return Ok(guest),
+                Ended::TakenOver { guest, id, term, link } => {
+                    let farewell = tokio::spawn(linger(self.listener, link));
+                    return Ok(TakenOver {
+                        guest,
+                        id,
+                        term,
+                        farewell,
+                    });
+                }
                 Ended::Dropped => {}
                 Ended::Replaced(incoming) => next = Some(incoming),
             }
@@ -312,11 +330,17 @@ impl Twin {
 }
 
 /// The source waits for our word that the guest runs, and closes the link when it has it. The link must live so long,
-/// over an outage too, but nobody here has to wait for it.
-async fn linger(mouth: Mouth, mut link: LinkReceiver) {
-    let closed = async { while link.recv().await.is_some() {} };
-    if tokio::time::timeout(LINGER, closed).await.is_err() {
-        mouth.close("the guest runs here".to_owned()).await;
+/// over an outage too, and the listener with it, because a path that died comes back through it; but nobody here has to
+/// wait for it.
+async fn linger(mut listener: Listener, (mouth, mut link): (Mouth, LinkReceiver)) {
+    let over = tokio::time::sleep(LINGER);
+    tokio::pin!(over);
+    loop {
+        tokio::select! {
+            news = link.recv() => if news.is_none() { return },
+            incoming = listener.accept() => incoming.refuse(Refusal::Unwanted, "a guest runs here: this is no shadow any more"),
+            () = &mut over => return mouth.close("the guest runs here".to_owned()).await,
+        }
     }
 }
 
@@ -432,8 +456,8 @@ impl ShadowTask {
             Outcome::Runs(term) => {
                 let guest = self.taken.take().expect("a guest that runs was resumed");
                 let id = self.shadow.status().hello.expect("somebody's guest").guest;
-                tokio::spawn(linger(self.mouth, link));
-                Ended::TakenOver(TakenOver { guest, id, term })
+                let link = (self.mouth, link);
+                Ended::TakenOver { guest, id, term, link }
             }
             Outcome::Dropped { text, .. } => {
                 tracing::warn!(why = %text, "session dropped");

@@ -1,5 +1,4 @@
 //! Another VMM's guest through the whole node: real QUIC over loopback, no KVM.
-#![expect(clippy::unwrap_used, reason = "a test")]
 
 #[path = "../examples/toy.rs"]
 mod toy;

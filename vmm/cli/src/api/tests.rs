@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 use umbra_core::guest::{Guest, GuestBuilder, GuestError, Harvest, PageBytes, Space, StateRecord};
 use umbra_core::shadow::ShadowConfig;
+use umbra_netem::{Relay, RelayConfig, Weather};
 use umbra_node::ShadowNode;
 use umbra_quic::{Identity, ListenConfig, Listener, Peers, Tuning};
 use umbra_units::{Bytes, PageCount, PageId, Pfn, SpaceId};
@@ -373,6 +374,38 @@ async fn a_guest_that_was_handed_over_runs_here_again_only_if_somebody_vouches_f
     );
     assert!(toy.runs());
     drop(start);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_word_that_the_guest_runs_arrives_after_an_outage_of_every_path() {
+    let toy = running_toy();
+    let source = Process::running(&toy);
+    let (shadow, start, addr) = Process::reluctant_shadow_of(&source);
+    let shadow_addr = addr.strip_prefix("quic:").unwrap().parse().unwrap();
+    let relay = Relay::start(RelayConfig::to(shadow_addr, Weather::clear())).unwrap();
+    source.protect(&shadow, &format!("quic:{}", relay.addr())).await;
+    let mut events = source.client.events().await.unwrap();
+    let _: Accepted = source.client.put_for("migrate", &json!({})).await.unwrap();
+    // The only path dies after the guest was given up; only then does it start at the shadow.
+    next(&mut events, "gave-up").await;
+    let mut there = shadow.client.events().await.unwrap();
+    relay.blackout(true);
+    next(&mut events, "link-down").await;
+    start.send(()).unwrap();
+    next(&mut there, "running").await;
+    // The connection is dead at both ends; the path that returns is a new one.
+    let died = async {
+        while source.status().await.paths[0].died == 0 {
+            tokio::task::yield_now().await
+        }
+    };
+    timeout(PATIENCE, died).await.unwrap();
+    assert_eq!(source.status().await.guest_state, GuestState::HandedOver);
+    relay.blackout(false);
+    let finished: Job = serde_json::from_value(next(&mut events, "job-finished").await.properties).unwrap();
+    assert_eq!(finished.state, JobState::Done);
+    assert!(matches!(source.ending().await, Ending::Moved(_)));
+    assert!(!toy.runs());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
