@@ -891,7 +891,7 @@ impl Status {
     }
 
     fn add_link(&mut self, stats: Option<&Stats>, specs: Option<&[PathSpec]>) {
-        let Some(Stats { link, connections }) = stats else {
+        let Some(Stats { link, connections, .. }) = stats else {
             return;
         };
         let LinkStats {
