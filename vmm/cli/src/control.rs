@@ -14,7 +14,7 @@ use crate::limits;
 use crate::process;
 use crate::say;
 use crate::status;
-use crate::vm::percent;
+use crate::units::percent;
 
 /// Between two looks of `status --watch`.
 const WATCH: Duration = Duration::from_secs(1);

@@ -5,7 +5,7 @@ use core::fmt::Write;
 use umbra_units::{Bytes, PAGE_SIZE};
 
 use crate::api::types::{GuestState, JobState, PathStatus, Role, Status, SwitchoverReport};
-use crate::vm::percent;
+use crate::units::percent;
 
 /// A status in a few lines, the most important first.
 pub(crate) fn text(status: &Status) -> String {

@@ -5,7 +5,7 @@
 
 use core::time::Duration;
 
-use umbra_units::Bytes;
+use umbra_units::{Bytes, Ratio};
 
 /// A value that is not what its option takes.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -107,6 +107,11 @@ pub(crate) fn toggle(key: &str, text: &str) -> Result<bool, BadValue> {
         "off" => Ok(false),
         _ => Err(BadValue::new(key, "on or off", text)),
     }
+}
+
+/// A share as people read it.
+pub(crate) fn percent(share: f64) -> String {
+    Ratio::new(share.clamp(0.0, 1.0)).unwrap_or_default().to_string()
 }
 
 #[cfg(test)]

@@ -342,7 +342,7 @@ impl Stage {
             return Err(Failure::failed("the first copy does not get on"));
         }
         let status: Status = source.api.get("status").await?;
-        let seeded = crate::vm::percent(status.seeded.unwrap_or(0.0));
+        let seeded = crate::units::percent(status.seeded.unwrap_or(0.0));
         self.note(format!(
             "path {CUT_SEEDING}, the fastest, is cut; the first copy is {seeded} done"
         ));

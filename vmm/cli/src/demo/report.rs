@@ -6,7 +6,7 @@ use serde::Serialize;
 use umbra_units::{Bytes, PAGE_SIZE};
 
 use crate::api::types::{PageCounts, SwitchoverReport};
-use crate::vm::percent;
+use crate::units::percent;
 
 /// The whole of it.
 #[derive(Debug, Clone, PartialEq, Serialize)]

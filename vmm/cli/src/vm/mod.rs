@@ -15,9 +15,12 @@
 //! shadow's word stays out, `resume --peer-is-dead`. A guest that an operator has paused is not moved: it would run
 //! where it arrives.
 //!
-//! This file does not wait for the guest's end or for signals; [`crate::process`] does.
+//! `account` puts the status together, `request` reads what clients ask for. Nothing here waits for the guest's end or for
+//! signals; [`crate::process`] does.
 
-use std::path::PathBuf;
+mod account;
+mod request;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -28,21 +31,15 @@ use tokio::task::JoinHandle;
 use umbra_core::event::Event as CoreEvent;
 use umbra_core::guest::{Guest, GuestError};
 use umbra_core::phase::SourcePhase;
-use umbra_core::source::{Outcome, SourceStatus, SwitchoverOptions};
+use umbra_core::source::Outcome;
 use umbra_machine::ExitReason;
-use umbra_node::{
-    CommandError, GuestIdentity, ProtectConfig, Protection, ProtectionStatus, ShadowHandle, ShadowNode,
-    ShadowNodeStatus, TakenOver,
-};
-use umbra_paths::{LinkStats, PathState, Suspicion};
-use umbra_quic::{ConnectConfig, Fingerprint, Identity, PathSpec, Peers, Stats};
-use umbra_units::{Bytes, GuestId, Ratio, SessionId, Term};
+use umbra_node::{CommandError, GuestIdentity, Protection, ProtectionStatus, ShadowHandle, ShadowNode, TakenOver};
+use umbra_quic::{ConnectConfig, Fingerprint, Identity, PathSpec};
+use umbra_units::{Bytes, GuestId, SessionId, Term};
 
-use crate::api::types::{
-    Compression, GuestState, Job, JobKind, JobState, LinkStatus, MigrateRequest, PathStatus, Ping, ProtectRequest,
-    Role, Status, SwitchoverReport, Verify, ms,
-};
-use crate::events::{Events, Teller, shadow_word, word};
+use self::request::Wanted;
+use crate::api::types::{Job, JobKind, JobState, MigrateRequest, ProtectRequest, SwitchoverReport, ms};
+use crate::events::{Events, Teller, word};
 use crate::exit::Failure;
 use crate::limits;
 
@@ -605,7 +602,7 @@ impl Vm {
     /// Start moving the guest; says the job's number.
     pub(crate) fn migrate(self: &Arc<Self>, request: &MigrateRequest) -> Result<u64, Denied> {
         let _turn = self.take_turn()?;
-        let options = options(request)?;
+        let options = request::options(request)?;
         let (id, protection) = {
             let mut state = self.state();
             let here = state.here()?;
@@ -715,117 +712,6 @@ impl Vm {
         }
     }
 
-    /// Who this is.
-    pub(crate) fn ping(&self) -> Ping {
-        Ping {
-            version: version(),
-            pid: std::process::id(),
-            name: self.name(),
-        }
-    }
-
-    /// The latest long job.
-    pub(crate) fn last_job(&self) -> Option<Job> {
-        self.state().job.clone()
-    }
-
-    /// What people call the guest.
-    pub(crate) fn name(&self) -> String {
-        let guest = self.state().here().ok().map(|here| here.identity.guest.to_string());
-        self.name_of(guest.as_deref())
-    }
-
-    fn name_of(&self, guest: Option<&str>) -> String {
-        let by_guest = || guest.map_or_else(|| "shadow".to_owned(), |guest| format!("guest-{}", &guest[..8]));
-        self.name.clone().unwrap_or_else(by_guest)
-    }
-
-    /// Where everything stands.
-    pub(crate) async fn status(&self) -> Status {
-        let ending = self.ending.borrow().clone();
-        let (mut status, session, shadow) = self.own_status();
-        if let Some(session) = session {
-            if let Ok(protection) = session.protection.status().await {
-                status.add_session(&session, &protection);
-            }
-        } else if let Some(shadow) = shadow
-            && let Ok(shadow) = shadow.status().await
-        {
-            status.add_shadow(&shadow);
-            status.name = self.name_of(status.guest.as_deref());
-        }
-        if let Some(ending) = ending {
-            status.role = Role::Ended;
-            status.guest_state = GuestState::Ended;
-            status.exit = Some(ending.to_string());
-        }
-        status
-    }
-
-    /// What this process knows without asking its loops, and whom to ask.
-    fn own_status(&self) -> (Status, Option<Session>, Option<ShadowHandle>) {
-        let name = self.name();
-        let state = self.state();
-        let mut status = Status {
-            version: version(),
-            pid: std::process::id(),
-            uptime_ms: ms(self.began.elapsed()),
-            role: Role::Shadow,
-            name,
-            guest: None,
-            guest_state: GuestState::Elsewhere,
-            term: None,
-            vcpus: None,
-            memory_bytes: None,
-            identity: self.identity.fingerprint().to_string(),
-            listen: state.listen.clone(),
-            peer: None,
-            phase: None,
-            epoch: None,
-            pages: None,
-            seeded: None,
-            debt: None,
-            latest_harvest: None,
-            predicted_pause_ms: None,
-            shipped_bytes: None,
-            counts: None,
-            switching: state.switching(),
-            reasons: Vec::new(),
-            paths: Vec::new(),
-            link: None,
-            job: state.job.clone(),
-            last_switchover: state.last_switchover.clone(),
-            last_error: state.last_error.clone(),
-            exit: None,
-        };
-        let (session, shadow) = match &state.place {
-            Place::Nowhere => (None, None),
-            Place::Shadow(handle) => (None, Some(handle.clone())),
-            Place::Here(here) => {
-                status.role = if here.session.is_some() {
-                    Role::Source
-                } else {
-                    Role::Running
-                };
-                status.guest = Some(here.identity.guest.to_string());
-                status.term = Some(here.identity.term.0);
-                status.vcpus = Some(here.resident.vcpus);
-                status.memory_bytes = Some(here.resident.memory.0);
-                status.guest_state = match here {
-                    Here { paused: true, .. } => GuestState::Paused,
-                    Here {
-                        session: Some(Session { gave_up: Some(_), .. }),
-                        ..
-                    } => GuestState::HandedOver,
-                    _ if state.switching() => GuestState::Switching,
-                    _ => GuestState::Running,
-                };
-                (here.session.clone(), None)
-            }
-        };
-        (status, session, shadow)
-    }
-
     fn take_turn(&self) -> Result<tokio::sync::MutexGuard<'_, ()>, Denied> {
         let busy = |_| Denied::Refused("another command is under way; try again when it is done".to_owned());
         self.turn.try_lock().map_err(busy)
@@ -833,126 +719,6 @@ impl Vm {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Status {
-    fn add_session(&mut self, session: &Session, protection: &ProtectionStatus) {
-        let ProtectionStatus {
-            source,
-            link,
-            last_error,
-        } = protection;
-        let SourceStatus {
-            phase,
-            term,
-            epoch,
-            pages,
-            seeded,
-            debt,
-            latest_harvest,
-            counts,
-            shipped,
-            ..
-        } = source;
-        self.peer = Some(session.peer.to_string());
-        self.phase = Some(word(*phase));
-        self.term = Some(term.0);
-        self.epoch = Some(epoch.0);
-        self.pages = Some(pages.0);
-        self.seeded = Some(seeded.get());
-        self.debt = Some(debt.0);
-        self.latest_harvest = Some(latest_harvest.0);
-        self.predicted_pause_ms = source.predicted_pause.map(ms);
-        self.shipped_bytes = Some(shipped.0);
-        self.counts = Some((*counts).into());
-        self.reasons.clone_from(&source.reasons);
-        self.last_error = last_error.clone().or_else(|| self.last_error.take());
-        self.add_link(link.as_ref(), Some(&session.paths));
-    }
-
-    fn add_shadow(&mut self, status: &ShadowNodeStatus) {
-        let ShadowNodeStatus {
-            shadow,
-            link,
-            last_error,
-        } = status;
-        self.phase = Some(shadow_word(shadow.phase));
-        self.reasons.clone_from(&shadow.reasons);
-        self.last_error = last_error.clone().or_else(|| self.last_error.take());
-        if let Some(hello) = &shadow.hello {
-            self.guest = Some(hello.guest.to_string());
-            self.term = Some(hello.term.0);
-            self.pages = Some(hello.spaces.iter().map(|space| space.present_pages().0).sum());
-            self.seeded = Some(shadow.complete.get());
-            self.counts = Some(shadow.counts.into());
-        }
-        self.add_link(link.as_ref(), None);
-    }
-
-    fn add_link(&mut self, stats: Option<&Stats>, specs: Option<&[PathSpec]>) {
-        let Some(Stats { link, connections, .. }) = stats else {
-            return;
-        };
-        let LinkStats {
-            blocks_sent,
-            blocks_delivered,
-            blocks_received,
-            parity_bytes,
-            ..
-        } = *link;
-        let LinkStats {
-            resent_bytes,
-            reinjected_bytes,
-            stripes_repaired,
-            ..
-        } = *link;
-        self.link = Some(LinkStatus {
-            blocks_sent,
-            blocks_delivered,
-            blocks_received,
-            parity_bytes,
-            resent_bytes,
-            reinjected_bytes,
-            stripes_repaired,
-        });
-        self.paths = link.paths.iter().map(PathStatus::from).collect();
-        for path in &mut self.paths {
-            let spec = specs.and_then(|specs| specs.get(usize::from(path.id)));
-            let connected = connections.iter().find(|connection| connection.path.0 == path.id);
-            path.local = spec.and_then(|spec| spec.local).map(|local| local.to_string());
-            let remote = spec
-                .map(|spec| spec.remote)
-                .or_else(|| connected.map(|connected| connected.remote));
-            path.remote = remote.map(|remote| remote.to_string());
-        }
-    }
-}
-
-impl From<&umbra_paths::PathStats> for PathStatus {
-    fn from(path: &umbra_paths::PathStats) -> Self {
-        let state = match path.state {
-            PathState::Up => "up",
-            PathState::Suspect(Suspicion::Silent) => "silent",
-            PathState::Suspect(Suspicion::Stalled) => "stalled",
-            PathState::Down => "down",
-        };
-        #[expect(clippy::cast_precision_loss, reason = "a display rounds anyway")]
-        let rate_mbit = path.rate.0 as f64 * 8.0 / 1e6;
-        Self {
-            id: path.path.0,
-            local: None,
-            remote: None,
-            state: state.to_owned(),
-            rtt_ms: ms(path.rtt),
-            rate_mbit,
-            loss: path.loss.get(),
-            bytes: path.message_bytes + path.bulk_bytes + path.urgent_bytes,
-            share: path.share.get(),
-            outstanding_bytes: path.outstanding_bytes,
-            suspected: path.suspected,
-            died: path.died,
-        }
     }
 }
 
@@ -973,81 +739,6 @@ impl core::fmt::Display for Ending {
     }
 }
 
-/// What `protect` asks for, checked.
-struct Wanted {
-    paths: Vec<PathSpec>,
-    peers: Peers,
-    identity: Arc<Identity>,
-    config: ProtectConfig,
-}
-
-impl Wanted {
-    fn read(request: &ProtectRequest, own: &Arc<Identity>) -> Result<Self, Denied> {
-        let bad = |field: &str, text: String| Denied::Malformed(format!("{field}: {text}"));
-        within("to", request.to.len(), limits::PATHS)?;
-        within("peers", request.peers.len(), limits::PEERS)?;
-        let path = |text: &String| text.parse::<PathSpec>().map_err(|error| bad("to", error.to_string()));
-        let mut peers = Peers::none();
-        for peer in &request.peers {
-            peers = peers.and(
-                peer.parse::<Fingerprint>()
-                    .map_err(|error| bad("peers", error.to_string()))?,
-            );
-        }
-        let load = |dir: &PathBuf| Identity::load(dir).map_err(|error| bad("identity", error.to_string()));
-        let identity = request.identity.as_ref().map(load).transpose()?;
-        let mut config = ProtectConfig::default();
-        if let Some(bytes) = request.cache_bytes {
-            config.cache = Bytes(bytes);
-        }
-        if let Some(span) = span("harvest_ms", request.harvest_ms)? {
-            config.source.harvest_every = span;
-            config.source.harvest_idle = config.source.harvest_idle.max(span);
-        }
-        config.compression = match request.compression {
-            None | Some(Compression::Auto) => umbra_node::Compression::Auto,
-            Some(Compression::On) => umbra_node::Compression::On,
-            Some(Compression::Off) => umbra_node::Compression::Off,
-        };
-        Ok(Self {
-            paths: request.to.iter().map(path).collect::<Result<_, _>>()?,
-            peers,
-            identity: identity.map_or_else(|| Arc::clone(own), Arc::new),
-            config,
-        })
-    }
-}
-
-fn within(field: &str, got: usize, most: usize) -> Result<(), Denied> {
-    if (1..=most).contains(&got) {
-        return Ok(());
-    }
-    Err(Denied::Malformed(format!("{field}: expected 1 to {most}, got {got}")))
-}
-
-/// Milliseconds from a request, if they are there.
-fn span(field: &str, given: Option<f64>) -> Result<Option<Duration>, Denied> {
-    /// A day: nobody waits longer for anything here.
-    const MOST: f64 = 86_400_000.0;
-    match given {
-        None => Ok(None),
-        Some(given) if (0.001..=MOST).contains(&given) => Ok(Some(Duration::from_secs_f64(given / 1e3))),
-        Some(given) => Err(Denied::Malformed(format!(
-            "{field}: expected 0.001 to {MOST} ms, got {given}"
-        ))),
-    }
-}
-
-fn options(request: &MigrateRequest) -> Result<SwitchoverOptions, Denied> {
-    let usual = SwitchoverOptions::default();
-    Ok(SwitchoverOptions {
-        downtime_limit: span("downtime_limit_ms", request.downtime_limit_ms)?.unwrap_or(usual.downtime_limit),
-        timeout: span("timeout_ms", request.timeout_ms)?.unwrap_or(usual.timeout),
-        pause_limit: span("pause_limit_ms", request.pause_limit_ms)?.unwrap_or(usual.pause_limit),
-        audit: request.verify == Some(Verify::Full),
-    })
-}
-
 async fn blocking<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> Result<T, Denied> {
     tokio::task::spawn_blocking(act)
         .await
@@ -1061,13 +752,4 @@ fn draw() -> Result<[u8; 16], Failure> {
     let mut random = std::fs::File::open("/dev/urandom").map_err(Failure::on("/dev/urandom"))?;
     random.read_exact(&mut bytes).map_err(Failure::on("/dev/urandom"))?;
     Ok(bytes)
-}
-
-fn version() -> String {
-    env!("CARGO_PKG_VERSION").to_owned()
-}
-
-/// A share as people read it.
-pub(crate) fn percent(share: f64) -> String {
-    Ratio::new(share.clamp(0.0, 1.0)).unwrap_or_default().to_string()
 }

@@ -1,0 +1,90 @@
+//! What clients ask for, read into values that cannot be wrong. What is wrong is named.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use umbra_core::source::SwitchoverOptions;
+use umbra_node::ProtectConfig;
+use umbra_quic::{Fingerprint, Identity, PathSpec, Peers};
+use umbra_units::Bytes;
+
+use super::Denied;
+use crate::api::types::{Compression, MigrateRequest, ProtectRequest, Verify};
+use crate::limits;
+
+/// What `protect` asks for, checked.
+pub(super) struct Wanted {
+    pub(super) paths: Vec<PathSpec>,
+    pub(super) peers: Peers,
+    pub(super) identity: Arc<Identity>,
+    pub(super) config: ProtectConfig,
+}
+
+impl Wanted {
+    pub(super) fn read(request: &ProtectRequest, own: &Arc<Identity>) -> Result<Self, Denied> {
+        let bad = |field: &str, text: String| Denied::Malformed(format!("{field}: {text}"));
+        within("to", request.to.len(), limits::PATHS)?;
+        within("peers", request.peers.len(), limits::PEERS)?;
+        let path = |text: &String| text.parse::<PathSpec>().map_err(|error| bad("to", error.to_string()));
+        let mut peers = Peers::none();
+        for peer in &request.peers {
+            peers = peers.and(
+                peer.parse::<Fingerprint>()
+                    .map_err(|error| bad("peers", error.to_string()))?,
+            );
+        }
+        let load = |dir: &PathBuf| Identity::load(dir).map_err(|error| bad("identity", error.to_string()));
+        let identity = request.identity.as_ref().map(load).transpose()?;
+        let mut config = ProtectConfig::default();
+        if let Some(bytes) = request.cache_bytes {
+            config.cache = Bytes(bytes);
+        }
+        if let Some(span) = span("harvest_ms", request.harvest_ms)? {
+            config.source.harvest_every = span;
+            config.source.harvest_idle = config.source.harvest_idle.max(span);
+        }
+        config.compression = match request.compression {
+            None | Some(Compression::Auto) => umbra_node::Compression::Auto,
+            Some(Compression::On) => umbra_node::Compression::On,
+            Some(Compression::Off) => umbra_node::Compression::Off,
+        };
+        Ok(Self {
+            paths: request.to.iter().map(path).collect::<Result<_, _>>()?,
+            peers,
+            identity: identity.map_or_else(|| Arc::clone(own), Arc::new),
+            config,
+        })
+    }
+}
+
+fn within(field: &str, got: usize, most: usize) -> Result<(), Denied> {
+    if (1..=most).contains(&got) {
+        return Ok(());
+    }
+    Err(Denied::Malformed(format!("{field}: expected 1 to {most}, got {got}")))
+}
+
+/// Milliseconds from a request, if they are there.
+fn span(field: &str, given: Option<f64>) -> Result<Option<Duration>, Denied> {
+    /// A day: nobody waits longer for anything here.
+    const MOST: f64 = 86_400_000.0;
+    match given {
+        None => Ok(None),
+        Some(given) if (0.001..=MOST).contains(&given) => Ok(Some(Duration::from_secs_f64(given / 1e3))),
+        Some(given) => Err(Denied::Malformed(format!(
+            "{field}: expected 0.001 to {MOST} ms, got {given}"
+        ))),
+    }
+}
+
+/// What `migrate` asks for, checked.
+pub(super) fn options(request: &MigrateRequest) -> Result<SwitchoverOptions, Denied> {
+    let usual = SwitchoverOptions::default();
+    Ok(SwitchoverOptions {
+        downtime_limit: span("downtime_limit_ms", request.downtime_limit_ms)?.unwrap_or(usual.downtime_limit),
+        timeout: span("timeout_ms", request.timeout_ms)?.unwrap_or(usual.timeout),
+        pause_limit: span("pause_limit_ms", request.pause_limit_ms)?.unwrap_or(usual.pause_limit),
+        audit: request.verify == Some(Verify::Full),
+    })
+}
