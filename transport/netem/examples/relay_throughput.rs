@@ -28,7 +28,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         delay: Duration::from_millis(10),
         ..Weather::clear()
     };
-    let limited = Weather::link(Bandwidth::mbit(1_000), Duration::from_millis(1));
+    let limited = Weather {
+        mtu: None,
+        ..Weather::link(Bandwidth::mbit(1_000), Duration::from_millis(1))
+    };
     for (name, weather) in [
         ("clear", Weather::clear()),
         ("delay 10ms", delayed),

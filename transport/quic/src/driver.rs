@@ -142,6 +142,7 @@ pub(crate) fn start(start: Start) -> (handle::LinkHandle, impl Future<Output = E
         liveness: start.liveness,
         active: false,
         sample_at: None,
+        samples: 0,
         ending: None,
     };
     if let Some((path, connection)) = start.first {
@@ -272,6 +273,7 @@ struct Driver {
     /// Something was sent or received since the last sample.
     active: bool,
     sample_at: Option<Instant>,
+    samples: u64,
     ending: Option<Ending>,
 }
 
@@ -539,6 +541,7 @@ impl Driver {
         Stats {
             link: self.link.stats(),
             connections: connections.collect(),
+            samples: self.samples,
         }
     }
 
@@ -560,17 +563,8 @@ impl Driver {
     fn sample(&mut self) {
         let now = self.now();
         for (path, conn) in &self.connections {
-            let stats = conn.connection.stats();
-            let sample = PathSample {
-                rtt: stats.path.rtt,
-                cwnd: stats.path.cwnd,
-                sent_packets: stats.path.sent_packets,
-                lost_packets: stats.path.lost_packets,
-                sent_bytes: stats.udp_tx.bytes,
-                lost_bytes: stats.path.lost_bytes,
-                max_datagram: conn.connection.max_datagram_size().unwrap_or(0),
-            };
-            self.link.handle_sample(now, *path, sample);
+            self.link.handle_sample(now, *path, sample_of(&conn.connection));
+            self.samples += 1;
         }
     }
 
@@ -897,6 +891,20 @@ impl Writing {
 /// Do as much as can be done without waiting.
 fn at_once(writing: &mut Writing) -> Poll<Option<SendStream>> {
     pin!(writing.write()).poll(&mut Context::from_waker(Waker::noop()))
+}
+
+/// What a connection says of its path now.
+pub(crate) fn sample_of(connection: &Connection) -> PathSample {
+    let stats = connection.stats();
+    PathSample {
+        rtt: stats.path.rtt,
+        cwnd: stats.path.cwnd,
+        sent_packets: stats.path.sent_packets,
+        lost_packets: stats.path.lost_packets,
+        sent_bytes: stats.udp_tx.bytes,
+        lost_bytes: stats.path.lost_bytes,
+        max_datagram: connection.max_datagram_size().unwrap_or(0),
+    }
 }
 
 /// Say the reason before everything else that waits on this connection. Whether the peer has it.

@@ -36,6 +36,8 @@ pub struct Stats {
     pub link: LinkStats,
     /// What each live connection says.
     pub connections: Vec<ConnectionStats>,
+    /// How often the link was told what a connection's statistics say: every 10 ms per connection while there is traffic.
+    pub samples: u64,
 }
 
 /// One live connection.

@@ -1,7 +1,7 @@
 //! Peers that lie, stall, flood or are not who they say: played with bare connections, because a correct peer cannot.
 
 use crate::connect::{ConnectConfig, connect};
-use crate::driver::{HalfWritten, Unfit, close_code, read_stream};
+use crate::driver::{HalfWritten, Unfit, close_code, read_stream, sample_of};
 use crate::error::{ConnectError, Ended, PathError, Refusal, Refused};
 use crate::handle::{Event, LinkHandle};
 use crate::identity::{Identity, Peers};
@@ -419,6 +419,29 @@ async fn unfinished_streams_are_bounded_in_sum_and_a_cut_stream_is_never_whole()
     drop(HalfWritten(Some(streams.remove(0))));
     assert!(matches!(soon("a verdict", first).await, Err(Unfit::Gone)));
     assert_eq!(room.available_permits(), 100, "what was given up is given back");
+}
+
+#[tokio::test]
+async fn what_the_link_is_told_of_a_connection_is_what_quinn_counts() {
+    let scene = Scene::new();
+    let server = Endpoint::server(server_config(&scene.shadow, &scene.caller), localhost()).unwrap();
+    let (ours, theirs) = pair(&scene, &server).await;
+    let before = sample_of(&ours);
+    let mut stream = ours.open_uni().await.unwrap();
+    stream.write_all(&[1; 200_000]).await.unwrap();
+    stream.finish().unwrap();
+    let mut reading = soon("a stream", theirs.accept_uni()).await.unwrap();
+    soon("the bytes", reading.read_to_end(200_000)).await.unwrap();
+    let after = sample_of(&ours);
+    assert!(after.sent_bytes >= before.sent_bytes + 200_000, "{after:?}");
+    assert!(
+        after.sent_packets > before.sent_packets && after.lost_packets <= after.sent_packets,
+        "{after:?}"
+    );
+    assert!(
+        after.max_datagram > 1_000 && after.cwnd > 1_000 && !after.rtt.is_zero(),
+        "{after:?}"
+    );
 }
 
 /// A bare connection, both ends.

@@ -11,13 +11,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::timeout;
-use umbra_netem::{Loss, Relay, RelayConfig, Way, Weather};
+use umbra_netem::{Relay, RelayConfig, Way, Weather};
 use umbra_paths::{Class, LinkConfig, LinkEvent};
 use umbra_quic::{
     ConnectConfig, ConnectError, Ended, Event, Fingerprint, Identity, Knock, LinkHandle, ListenConfig, Listener,
     PathError, PathSpec, Peers, Refusal, SendError, Tuning, connect,
 };
-use umbra_units::{Bandwidth, PathId, Ratio, Rng};
+use umbra_units::{Bandwidth, PathId, Rng};
 
 /// Nothing here takes this long; without it a broken promise would hang instead of fail.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -236,7 +236,7 @@ async fn nothing_is_lost_when_a_path_goes_dark_under_a_transfer() {
     let sent = send_all(&source, 300, 65_536);
     let cut = relays[1].control();
     let dark = tokio::task::spawn_blocking(move || {
-        let some = umbra_units::Bytes::mib(1);
+        let some = umbra_units::Bytes::kib(64);
         cut.wait_until_bytes(Way::Up, some, PATIENCE).unwrap();
         cut.blackout(true);
     });
@@ -627,31 +627,9 @@ async fn the_handle_says_how_its_connections_are() {
         stats.link.paths[0].queued_bytes, 0,
         "everything was handed to the connection: {stats:?}"
     );
+    assert!(stats.samples > 0, "the link was told nothing: {stats:?}");
     let mut room = source.room();
     soon("room", room.wait_for(|room| *room > 0)).await.unwrap();
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_link_learns_from_its_connections_what_the_weather_is() {
-    let mut world = World::new(1);
-    let loss = Loss::random(Ratio::new(0.05).unwrap());
-    let relays = world.relays(Weather::link(Bandwidth::mbit(400), Duration::from_millis(1)).losing(loss));
-    let (source, shadow) = world.link(&addrs(&relays)).await;
-    let (_there, mut events) = shadow.split();
-    let taking = tokio::spawn(async move { while events.recv().await.is_some() {} });
-    // Bulk alone: QUIC repairs it, so that only its own statistics tell of the loss. How soon the link believes them is
-    // its own affair.
-    let learning = async {
-        loop {
-            source.send_block(Class::Bulk, vec![1; 65_536]).await.unwrap();
-            let loss = source.stats().await.unwrap().link.paths[0].loss.get();
-            if (0.02..0.2).contains(&loss) {
-                return;
-            }
-        }
-    };
-    soon("the link knows the loss", learning).await;
-    taking.abort();
 }
 
 #[tokio::test]
@@ -663,14 +641,6 @@ async fn what_a_connection_has_taken_no_longer_waits_for_it() {
     // Nothing arrives, so nothing is acknowledged: only the connection's word can move the block on.
     relays[0].blackout(true);
     source.send_block(Class::Bulk, block(0, 32_768)).await.unwrap();
-    let taken = async {
-        loop {
-            let path = source.stats().await.unwrap().link.paths.remove(0);
-            if path.outstanding_bytes >= 32_768 && path.queued_bytes == 0 {
-                return;
-            }
-            tokio::task::yield_now().await;
-        }
-    };
-    soon("the connection takes the block", taken).await;
+    let path = source.stats().await.unwrap().link.paths.remove(0);
+    assert_eq!((path.bulk_bytes > 0, path.queued_bytes), (true, 0), "{path:?}");
 }
