@@ -48,7 +48,9 @@ pub(crate) fn events(args: &TargetArgs) -> Result<Code, Failure> {
     process::small_runtime()?.block_on(async {
         let mut events = client.events().await?;
         while let Some(line) = events.next_line().await? {
-            say::line(String::from_utf8_lossy(&line));
+            if !say::line_heard(String::from_utf8_lossy(&line)) {
+                break;
+            }
         }
         Ok(Code::Success)
     })
@@ -58,32 +60,30 @@ pub(crate) fn events(args: &TargetArgs) -> Result<Code, Failure> {
 pub(crate) fn status(args: &StatusArgs) -> Result<Code, Failure> {
     let client = Client::new(&args.target.api_socket);
     process::small_runtime()?.block_on(async {
-        show_status(&client, args.json).await?;
-        if !args.watch {
+        if !show_status(&client, args.json).await? || !args.watch {
             return Ok(Code::Success);
         }
         loop {
             tokio::time::sleep(WATCH).await;
-            if let Err(failure) = show_status(&client, args.json).await {
+            match show_status(&client, args.json).await {
+                Ok(true) => {}
+                Ok(false) => return Ok(Code::Success),
                 // It was there a moment ago: the process has ended, and so does watching it.
-                return if failure.code == Code::NoAnswer {
-                    Ok(Code::Success)
-                } else {
-                    Err(failure)
-                };
+                Err(failure) if failure.code == Code::NoAnswer => return Ok(Code::Success),
+                Err(failure) => return Err(failure),
             }
         }
     })
 }
 
-async fn show_status(client: &Client, json: bool) -> Result<(), Failure> {
-    if json {
+/// Say where everything stands; false when nobody reads any more.
+async fn show_status(client: &Client, json: bool) -> Result<bool, Failure> {
+    Ok(if json {
         let bytes = client.get_bytes("status").await?;
-        say::line(String::from_utf8_lossy(&bytes));
+        say::line_heard(String::from_utf8_lossy(&bytes))
     } else {
-        say::line(status::text(&client.get::<Status>("status").await?));
-    }
-    Ok(())
+        say::line_heard(status::text(&client.get::<Status>("status").await?))
+    })
 }
 
 /// `umbra protect`.
@@ -102,6 +102,7 @@ pub(crate) fn protect(args: &ProtectArgs) -> Result<Code, Failure> {
     let client = Client::new(&args.target.api_socket);
     process::small_runtime()?.block_on(async {
         client.put("protect", &request).await?;
+        say::line("the shadow has answered, and follows the guest");
         if args.wait {
             wait_until_ready(&client).await?;
         }

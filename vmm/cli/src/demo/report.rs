@@ -120,7 +120,7 @@ impl Report {
         match self.outside.gap_ms {
             Some(gap) => writeln!(
                 out,
-                "  The guest beats every {:.0} ms. Its longest silence was {gap:.1} ms, when it moved; {:.1} ms at any other time.",
+                "  The guest beats every {:.0} ms. It was silent for {gap:.1} ms when it moved; at any other time for {:.1} ms at most.",
                 self.outside.beat_ms, self.outside.longest_elsewhere_ms
             )?,
             None => writeln!(out, "  The guest was not heard at both hosts.")?,
@@ -303,7 +303,7 @@ mod tests {
     fn a_newcomer_reads_what_happened_in_a_minute() {
         let expected = "
 WHAT THE WORLD SAW
-  The guest beats every 2 ms. Its longest silence was 21.5 ms, when it moved; 4.2 ms at any other time.
+  The guest beats every 2 ms. It was silent for 21.5 ms when it moved; at any other time for 4.2 ms at most.
   3000 beats at the source, 1000 at the shadow, none lost and none said twice.
 
 WHERE THE PAUSE WENT  (20.0 ms as the source saw it)
