@@ -13,6 +13,7 @@
 //! A blank machine has no state of its own and refuses to run. Memory may be applied to it, and a restore makes it a
 //! paused one.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,7 +24,7 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
 use umbra_core::guest::{Guest, GuestBuilder, GuestError, Harvest, PageBytes, Space, StateRecord};
 use umbra_devices::{FaultPlan, Out};
-use umbra_units::{Bytes, Gpa, PageId, Pfn, SpaceId};
+use umbra_units::{Bytes, Gpa, PAGE_SIZE, PageId, Pfn, SpaceId};
 
 use crate::board::Board;
 use crate::boot;
@@ -299,12 +300,27 @@ impl Machine {
         // Everything is understood. What fails from here on is the host's refusal, and leaves no state to run.
         *phase = Phase::Blank;
         platform.apply(&self.vm)?;
+        // KVM writes a vCPU's clock into guest memory as soon as it is told where. A twin that is only prepared holds
+        // what was shipped and nothing else: its source may take the epoch back, and the next delta would not fit. What
+        // is put back here KVM writes again when the vCPU first runs, because it is told of the pause then.
+        // covered by: preparing_a_twin_changes_no_byte_of_its_memory
+        let mut shipped: BTreeMap<Pfn, Box<PageBytes>> = BTreeMap::new();
+        for page in states.iter().flat_map(VcpuState::written_by_kvm) {
+            let mut bytes = Box::new([0; PAGE_SIZE]);
+            if self.memory.read_page(page, &mut bytes).is_ok() {
+                shipped.insert(page, bytes);
+            }
+        }
         let states = Arc::new(states);
-        self.each_vcpu(move |vcpu, host| {
+        let applied = self.each_vcpu(move |vcpu, host| {
             states[usize::from(vcpu.index)].apply(vcpu, host)?;
             vcpu.tell_of_pause = true;
             Ok(())
-        })?;
+        });
+        for (page, bytes) in &shipped {
+            self.memory.apply_page(*page, bytes)?;
+        }
+        applied?;
         put_devices_in_place();
         *phase = Phase::Paused;
         Ok(())

@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::{Console, Snippet, launch, move_to_twin, record};
+use common::{Console, Snippet, copy_memory, image, launch, move_to_twin, record};
 use umbra_core::guest::{Guest, GuestBuilder, GuestError, StateRecord};
 use umbra_machine::{Machine, Sinks};
 use umbra_units::Bytes;
@@ -48,6 +48,32 @@ fn every_beat_was_heard_once(heard: &str) {
         .collect();
     for (n, pair) in beats.windows(2).enumerate() {
         assert_eq!(pair[1], (pair[0] + 1) % 10, "beat {n} was lost or came twice: {heard}");
+    }
+}
+
+#[test]
+fn preparing_a_twin_changes_no_byte_of_its_memory() {
+    needs_kvm!();
+    let console = Console::default();
+    let machine = launch(2, Bytes::mib(16), "cpus=2 work=dirty wss=4M rate=10M", &console);
+    machine.resume().unwrap();
+    console.wait_for("ready");
+    for _ in 0..5 {
+        console.wait_more(20);
+        machine.pause().unwrap();
+        let records = machine.save().unwrap();
+        let ears = console.clone();
+        let twin = Machine::builder(move || ears.sinks())
+            .build_machine(&machine.describe())
+            .unwrap();
+        copy_memory(&*machine, &*twin);
+        let shipped = image(&*twin);
+        twin.restore(&records).unwrap();
+        let prepared = image(&*twin);
+        let pages = shipped.chunks(4096).zip(prepared.chunks(4096));
+        let changed: Vec<usize> = (0..).zip(pages).filter(|(_, (a, b))| a != b).map(|(n, _)| n).collect();
+        assert!(changed.is_empty(), "pages changed by preparing: {changed:x?}");
+        machine.resume().unwrap();
     }
 }
 
@@ -230,7 +256,7 @@ fn every_device_that_a_guest_touched_is_restored_as_it_was_left() {
     let machine = Snippet::new("touch", &code).launch(console.sinks());
     let untouched = machine.save().unwrap();
     machine.resume().unwrap();
-    console.wait_more(1);
+    console.wait_for("w");
     machine.pause().unwrap();
     let (mut before, mut after) = (without_time(untouched), without_time(machine.save().unwrap()));
     for kind in ["pit/0", "irqchip/pic0", "rtc/0", "i8042/0", "serial/0"] {

@@ -21,7 +21,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use umbra_core::guest::StateRecord;
-use umbra_units::{Malformed, Reader, Writer};
+use umbra_units::{Gpa, Malformed, Pfn, Reader, Writer};
 
 use super::uapi::{bytes_of, read};
 use crate::cpuid::Cpuid;
@@ -43,6 +43,18 @@ const BESIDE_THE_LIST: [RangeInclusive<u32>; 8] = [
     0x258..=0x259,             // the next 256 KiB
     0x268..=0x26f,             // up to 1 MiB
     0x200..=0x20f,             // ranges
+];
+
+/// MSRs that hold addresses which KVM writes to on its own account (kvm/x86/msr.rst): wall clock and clock, old and new,
+/// asynchronous page faults, stolen time, end of interrupt.
+const MSRS_OF_ADDRESSES: [u32; 7] = [
+    0x11,
+    0x12,
+    0x4b56_4d00,
+    0x4b56_4d01,
+    0x4b56_4d02,
+    0x4b56_4d03,
+    0x4b56_4d04,
 ];
 
 /// What saving and restoring needs to know of the host, found out once.
@@ -189,6 +201,16 @@ impl VcpuState {
         self.write_msrs(vcpu)?;
         vcpu.set_vcpu_events(&self.events)
             .map_err(Error::kvm("restore pending events"))
+    }
+
+    /// The pages that KVM itself writes for this vCPU: its MSRs say where the guest wants its clocks and other news.
+    pub(crate) fn written_by_kvm(&self) -> impl Iterator<Item = Pfn> + '_ {
+        let wanted = self
+            .msrs
+            .iter()
+            .filter(|msr| MSRS_OF_ADDRESSES.contains(&msr.index) && msr.data != 0);
+        // The low bits say whether it is wanted, and how.
+        wanted.map(|msr| Gpa(msr.data).pfn())
     }
 
     /// Whether this host can take the state on; if not, what it lacks.
