@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 
 use crate::console::Console;
+use crate::events::named;
 use crate::guest::Guest;
 use crate::process::Process;
 use crate::vm::Vm;
@@ -137,6 +138,13 @@ impl Shadow {
     /// What sources pin.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
+    }
+
+    /// Wait until a guest runs here. What the session tells of the same moment may come before it or after.
+    pub fn runs_its_guest(&self) -> Result<()> {
+        self.process.holds("the guest runs at its shadow", |events| {
+            events.iter().any(named("running"))
+        })
     }
 
     /// Whether no guest ever said a word here.

@@ -183,7 +183,7 @@ fn the_commands_do_what_the_api_does() {
         let (here, there) = (world.host("here")?, world.host("there")?);
         let mut vm = here.launch(&Guest::dirty("4M", "counter"))?;
         vm.is_ready()?;
-        let mut shadow = there.shadow_for(&here)?;
+        let shadow = there.shadow_for(&here)?;
         let socket = vm.process.socket().display().to_string();
         let certificate = there.identity().join("cert.pem").display().to_string();
         let umbra = |args: &[&str]| -> Result<String> {
@@ -202,7 +202,7 @@ fn the_commands_do_what_the_api_does() {
         let report: serde_json::Value = serde_json::from_str(&umbra(&["migrate", "--verify", "full", "--json"])?)?;
         ensure!(report["audited"] == true, "{report}");
         ensure!(vm.process.end()? == Some(0), "the source ends with success");
-        shadow.process.until("the guest runs", named("running"))?;
+        shadow.runs_its_guest()?;
         let mut vm = vm.goes_on_in(shadow);
         vm.beats_on(200)?;
         let socket = vm.process.socket().display().to_string();

@@ -255,8 +255,8 @@ fn a_source_killed_after_the_shadow_was_told_leaves_the_guest_running_there() {
         scene.shadow.process.until("the shadow is told", phase("starting"))?;
         // Its word that the guest runs is still under way.
         scene.vm.process.kill()?;
-        let Scene { vm, mut shadow, .. } = scene;
-        shadow.process.until("the guest runs", named("running"))?;
+        let Scene { vm, shadow, .. } = scene;
+        shadow.runs_its_guest()?;
         let mut vm = vm.goes_on_in(shadow);
         vm.beats_on(500)?;
         vm.checks_on(10_000)?;
@@ -286,8 +286,8 @@ fn a_source_killed_before_its_go_arrived_leaves_a_shadow_that_runs_by_an_operato
         ensure!(shadow.is_silent(), "the shadow ran without being told");
 
         shadow.process.put("resume", &json!({ "peer_is_dead": true }))?;
+        shadow.runs_its_guest()?;
         let mut vm = vm.goes_on_in(shadow);
-        vm.process.until("the guest runs", named("running"))?;
         vm.beats_on(500)?;
         vm.checks_on(10_000)?;
         vm.stop()

@@ -18,6 +18,10 @@ fn moves(world: &World, guest: &Guest) -> Result<()> {
     let (mut vm, report) = vm.migrate_to(shadow, &Move::verified())?;
     assert!(report.audited(), "{report:?}");
     vm.checks_on(10_000)?;
+    if guest.cpus > 1 {
+        // A guest whose second vCPU stands still notices that after five seconds of its own.
+        vm.beats_on(6_000)?;
+    }
     let silence = vm.console.longest_gap(0);
     println!(
         "{}: pause {:?}, longest silence {silence:?}",

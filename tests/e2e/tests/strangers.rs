@@ -135,6 +135,9 @@ fn hello() -> Hello {
     }
 }
 
+/// What is wrong with it, the messages, and the blocks.
+type Nonsense = (&'static str, Vec<Vec<u8>>, Vec<Vec<u8>>);
+
 /// Say these words on a link that was properly joined; what the shadow says to that, and why it closed.
 async fn says(link: LinkHandle, words: &[Vec<u8>], blocks: &[Vec<u8>]) -> Result<String> {
     let (sender, mut receiver) = link.split();
@@ -160,7 +163,7 @@ fn a_friend_who_talks_nonsense_is_sent_away_and_told_why() {
         let runtime = runtime()?;
         let huge = vec![Space::ram(PageCount(1 << 40))];
         let truncated = Message::Hello(hello()).encode();
-        let nonsense: [(&str, Vec<Vec<u8>>, Vec<Vec<u8>>); 7] = [
+        let nonsense: [Nonsense; 7] = [
             ("no message", vec![vec![0xff; 900]], vec![]),
             ("an empty message", vec![vec![]], vec![]),
             ("half a hello", vec![truncated[..truncated.len() / 2].to_vec()], vec![]),
