@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn no_folder_uses_one_above_it_and_nothing_uses_a_test() {
+    fn no_folder_uses_one_above_it_and_only_tests_use_a_test() {
         let height = |name: &str| {
             let folder = place_of(name).expect("the plan names only crates it places").folder;
             ["migration/", "transport/", "vmm/", "tests/"]
@@ -342,11 +342,8 @@ mod tests {
         for place in PLAN {
             for used in place.may_use {
                 assert!(height(used) <= height(place.name), "{} may use {used}", place.name);
-                assert!(
-                    !place_of(used).unwrap().folder.starts_with("tests/"),
-                    "{} may use {used}",
-                    place.name
-                );
+                let is_test = |name: &str| place_of(name).unwrap().folder.starts_with("tests/");
+                assert!(is_test(place.name) || !is_test(used), "{} may use {used}", place.name);
             }
         }
     }
