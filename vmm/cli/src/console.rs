@@ -338,6 +338,8 @@ impl Line {
         watch(ControlOperation::Add, client.as_raw_fd(), EventSet::IN, CLIENT)?;
         watch(ControlOperation::Add, self.behind.as_raw_fd(), EventSet::IN, BEHIND)?;
         self.state().client = Some(client.try_clone()?);
+        // A client that has nothing more to type may still listen.
+        let mut types = true;
         loop {
             let behind = {
                 let mut state = self.state();
@@ -345,11 +347,9 @@ impl Line {
                 !state.bytes.is_empty()
             };
             self.drained.notify_all();
-            let wants = if behind {
-                EventSet::IN | EventSet::OUT
-            } else {
-                EventSet::IN
-            };
+            let mut wants = EventSet::empty();
+            wants.set(EventSet::IN, types);
+            wants.set(EventSet::OUT, behind);
             watch(ControlOperation::Modify, client.as_raw_fd(), wants, CLIENT)?;
             let mut events = [EpollEvent::default(); 2];
             let count = match epoll.wait(-1, &mut events) {
@@ -359,18 +359,21 @@ impl Line {
             for event in &events[..count] {
                 if event.data() == BEHIND {
                     let _ = self.behind.read();
-                } else if event
-                    .event_set()
-                    .intersects(EventSet::IN | EventSet::HANG_UP | EventSet::ERROR)
-                    && !self.typed(client, keyboard)?
-                {
+                    continue;
+                }
+                let left = event.event_set().intersects(EventSet::HANG_UP | EventSet::ERROR);
+                if types && (left || event.event_set().contains(EventSet::IN)) {
+                    types = self.typed(client, keyboard)?;
+                }
+                // What it typed before it left is typed first: this comes again until there is nothing more.
+                if left && !types {
                     return Ok(());
                 }
             }
         }
     }
 
-    /// Type what the client sent; false when it has left.
+    /// Type what the client sent; false when nothing more will come.
     fn typed(&self, mut client: &UnixStream, keyboard: &Keyboard) -> std::io::Result<bool> {
         let mut bytes = [0; 256];
         match client.read(&mut bytes) {
@@ -574,14 +577,41 @@ mod tests {
         let mut client = UnixStream::connect(&path).unwrap();
         line.put(b"!");
         client.read_exact(&mut [0]).unwrap();
-        // More than a socket buffer holds but not more than that and the ring.
-        let sent: Vec<u8> = (0..=255).cycle().take(limits::CONSOLE_SOCKET_RING).collect();
-        for _ in 0..3 {
-            line.put(&sent);
+        // Until the client's socket is full, and a little more.
+        let mut sent = 0_u32;
+        let mut put = |line: &Line| {
+            line.put(&sent.to_le_bytes());
+            sent += 1;
+        };
+        while line.state().bytes.is_empty() {
+            put(&line);
         }
-        let mut got = vec![0; 3 * sent.len()];
-        client.read_exact(&mut got).unwrap();
-        assert!(got.chunks(sent.len()).all(|chunk| chunk == sent));
+        for _ in 0..1000 {
+            put(&line);
+        }
+        // Nothing more is said: what is left in the ring must come by itself.
+        for expected in 0..sent {
+            let mut got = [0; 4];
+            client.read_exact(&mut got).unwrap();
+            assert_eq!(u32::from_le_bytes(got), expected);
+        }
+    }
+
+    #[test]
+    fn a_client_that_has_nothing_to_type_goes_on_listening() {
+        let (_dir, line, _keyboard, path) = line();
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        for word in [b"one", b"two"] {
+            line.put(word);
+            let mut got = [0; 3];
+            client.read_exact(&mut got).unwrap();
+            assert_eq!(&got, word);
+        }
+        drop(client);
+        let mut next = UnixStream::connect(&path).unwrap();
+        line.put(b"6");
+        next.read_exact(&mut [0]).unwrap();
     }
 
     #[test]

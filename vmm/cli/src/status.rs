@@ -120,7 +120,8 @@ fn guest(status: &Status) -> String {
     };
     let mut text = format!("{}, {state}", status.name);
     if let (Some(vcpus), Some(memory)) = (status.vcpus, status.memory_bytes) {
-        let _ = write!(text, ", {vcpus} vCPUs, {}", Bytes(memory));
+        let plural = if vcpus == 1 { "" } else { "s" };
+        let _ = write!(text, ", {vcpus} vCPU{plural}, {}", Bytes(memory));
     }
     if let Some(term) = status.term {
         let _ = write!(text, ", term {term}");
