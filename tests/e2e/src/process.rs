@@ -177,6 +177,24 @@ impl Process {
         }
     }
 
+    /// Wait for an event that can come only once, whether or not others that came later were waited for before. A job's
+    /// end is told by another task than the session's events, and may overtake them.
+    pub fn once(&self, what: &str, wanted: impl Fn(&Event) -> bool) -> Result<Event> {
+        let (events, serial) = (&self.evidence.events, &self.evidence.serial);
+        let found = self.bell.wait(PATIENCE, || {
+            let over = serial.has_ended() && self.evidence.exit.get().is_some();
+            match events.find(0, &wanted) {
+                Some((_, event)) => Some(Ok(event)),
+                None => over.then_some(Err(())),
+            }
+        });
+        match found {
+            Some(Ok(event)) => Ok(event),
+            Some(Err(())) => bail!("{} ended before: {what}: {}", self.name(), self.log()),
+            None => bail!("{}: waited {PATIENCE:?} in vain for: {what}", self.name()),
+        }
+    }
+
     /// Wait until something holds of everything it told.
     pub fn holds(&self, what: &str, look: impl Fn(&[Event]) -> bool) -> Result<()> {
         let held = self

@@ -210,7 +210,7 @@ impl Vm {
 
     /// Wait for the end of a switchover that fails; why.
     pub fn migration_fails(&mut self, job: u64) -> Result<String> {
-        let done = self.process.until("the end of the switchover", |event| {
+        let done = self.process.once("the end of the switchover", |event| {
             event.name == "job-finished" && event.properties["id"] == job
         })?;
         ensure!(
@@ -222,7 +222,7 @@ impl Vm {
 
     /// Wait for the end of a switchover that succeeds: the process here ends well, and the guest goes on in the shadow's.
     pub fn arrives_at(mut self, shadow: Shadow, job: u64) -> Result<(Self, Report)> {
-        let done = self.process.until("the end of the switchover", |event| {
+        let done = self.process.once("the end of the switchover", |event| {
             event.name == "job-finished" && event.properties["id"] == job
         })?;
         ensure!(done.properties["state"] == "done", "the switchover failed: {done}");
