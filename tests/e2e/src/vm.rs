@@ -221,7 +221,7 @@ impl Vm {
     }
 
     /// Wait for the end of a switchover that succeeds: the process here ends well, and the guest goes on in the shadow's.
-    pub fn arrives_at(mut self, shadow: Shadow, job: u64) -> Result<(Self, Report)> {
+    pub fn arrives_at(self, shadow: Shadow, job: u64) -> Result<(Self, Report)> {
         let done = self.process.once("the end of the switchover", |event| {
             event.name == "job-finished" && event.properties["id"] == job
         })?;
