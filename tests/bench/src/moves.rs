@@ -7,6 +7,10 @@ use umbra_e2e::{Guest, Host, Move, Vm, World};
 
 use crate::figure::{Aim, Figure};
 
+/// Beats, a thousand a second, for which a shadow has followed before it counts as standing: what a busy guest wrote
+/// again during the first copy has been sent by then.
+const FOLLOWED: usize = 1_000;
+
 /// A guest that goes back and forth between two hosts.
 struct Traveller {
     vm: Vm,
@@ -37,7 +41,7 @@ impl Traveller {
         let there = std::sync::Arc::clone(shadow.process.serial());
         vm.protect_directly(&shadow)?;
         vm.is_following()?;
-        vm.beats_on(100)?;
+        vm.beats_on(FOLLOWED)?;
         let before = vm.console.beats();
         let asked = Instant::now();
         let (vm, _) = vm.migrate_to(shadow, &Move::usual())?;
