@@ -149,6 +149,7 @@ struct Here {
 
 #[derive(Clone)]
 struct Session {
+    id: SessionId,
     protection: Protection,
     paths: Vec<PathSpec>,
     peer: Fingerprint,
@@ -440,6 +441,7 @@ impl Vm {
             if let Some(here) = state.here_mut() {
                 let (protection, paths) = (protection.clone(), wanted.paths);
                 here.session = Some(Session {
+                    id: session,
                     protection,
                     paths,
                     peer,
@@ -452,12 +454,17 @@ impl Vm {
             "protecting",
             json!({ "to": request.to, "peer": peer.to_string() }),
         );
-        tokio::spawn(Arc::clone(self).follow(protection, events));
+        tokio::spawn(Arc::clone(self).follow(session, protection, events));
         Ok(())
     }
 
     /// Tell what a session does, until it is over; then draw the consequences.
-    async fn follow(self: Arc<Self>, protection: Protection, mut events: broadcast::Receiver<CoreEvent>) {
+    async fn follow(
+        self: Arc<Self>,
+        session: SessionId,
+        protection: Protection,
+        mut events: broadcast::Receiver<CoreEvent>,
+    ) {
         let mut progress = tokio::time::interval(PROGRESS);
         progress.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut told = None;
@@ -478,7 +485,9 @@ impl Vm {
         }
         match outcome {
             Outcome::Moved(report) => self.moved(&report),
-            Outcome::Stayed { term, fault, text } => self.stayed(term, fault.map(|fault| fault.to_string()), &text),
+            Outcome::Stayed { term, fault, text } => {
+                self.stayed(session, term, fault.map(|fault| fault.to_string()), &text);
+            }
         }
     }
 
@@ -545,17 +554,22 @@ impl Vm {
         self.end(Ending::Moved(Box::new(report)));
     }
 
-    fn stayed(&self, term: Term, fault: Option<String>, text: &str) {
-        {
+    fn stayed(&self, session: SessionId, term: Term, fault: Option<String>, text: &str) {
+        // After `unprotect` the next session may have begun before this one's end is told: that one is not over.
+        let is_latest = {
             let mut state = self.state();
-            state.last_error.clone_from(&fault);
-            if let Some(here) = state.here_mut() {
+            let is_latest = state.session().is_none_or(|latest| latest.id == session);
+            if let (true, Some(here)) = (is_latest, state.here_mut()) {
                 here.identity.term = term;
                 here.session = None;
+                state.last_error.clone_from(&fault);
             }
+            is_latest
+        };
+        if is_latest {
+            // Usually told already, by whoever asked for the switchover.
+            self.finish_job(Err(text.to_owned()));
         }
-        // Usually told already, by whoever asked for the switchover.
-        self.finish_job(Err(text.to_owned()));
         self.events.tell(
             Teller::Session,
             "unprotected",
