@@ -14,7 +14,7 @@ use crate::roads::Roads;
 use crate::world::PATIENCE;
 
 /// How long bytes that a guest said before it was stopped may take to be heard.
-const UNDER_WAY: Duration = Duration::from_millis(500);
+const UNDER_WAY: Duration = Duration::from_secs(5);
 
 /// How a guest is moved.
 #[derive(Debug, Clone, PartialEq)]

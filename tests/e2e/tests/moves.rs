@@ -77,15 +77,11 @@ fn only_one_copy_ever_beats_and_the_shadows_process_is_the_guests_vmm_afterwards
 
         let job = vm.migrate(&Move::verified())?;
         vm.process.until("the guest is given up", named("gave-up"))?;
-        let gave_up = vm.process.told(named("gave-up")).map(|event| event.at);
         // The console fails the story if a beat comes twice or is missing; the source's process has ended when this
         // returns, so it can say nothing more.
+        // Which of the two processes is *heard* first proves nothing: they are two pipes, read by two threads.
         let (mut vm, report) = vm.arrives_at(shadow, job)?;
         vm.beats_on(500)?;
-        assert!(
-            vm.process.serial().first_at() > gave_up,
-            "the shadow spoke before the source gave up"
-        );
 
         let status = vm.process.status()?;
         assert_eq!(
