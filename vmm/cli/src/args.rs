@@ -102,6 +102,8 @@ pub(crate) struct RunArgs {
     pub(crate) memory: Memory,
     #[command(flatten)]
     pub(crate) process: ProcessArgs,
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
     /// Build the guest but do not start it; `umbra resume` does
     #[arg(long)]
     pub(crate) paused: bool,
@@ -118,12 +120,25 @@ pub(crate) struct ShadowArgs {
     pub(crate) peers: Vec<String>,
     #[command(flatten)]
     pub(crate) process: ProcessArgs,
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
     /// Build no guest with more memory than this
     #[arg(long, value_name = "SIZE", value_parser = |text: &str| units::size("memory-limit", text))]
     pub(crate) memory_limit: Option<Bytes>,
     /// End with exit code 1 when the first session ends without the guest running here
     #[arg(long)]
     pub(crate) once: bool,
+}
+
+/// A command line kept in a file; see [`config`](crate::config), which reads these before anything else is read.
+#[derive(Debug, Args)]
+pub(crate) struct ConfigArgs {
+    /// Take options from this TOML file, named as here; what the command line gives wins
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Print all options, defaults included, as such a file, and end
+    #[arg(long)]
+    pub(crate) print_config: bool,
 }
 
 /// What `run` and `shadow` have in common: a process that is, or becomes, a guest's VMM.

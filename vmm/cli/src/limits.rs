@@ -8,6 +8,9 @@ pub(crate) const API_CONNECTIONS: usize = 32;
 /// Largest request body: sixty-four paths and as many peers with room to spare.
 pub(crate) const REQUEST_BYTES: usize = 64 << 10;
 
+/// Largest file of options: a thousand devices with room to spare.
+pub(crate) const CONFIG_BYTES: u64 = 256 << 10;
+
 /// Largest answer a client reads. A status with 64 paths is 30 KiB.
 pub(crate) const ANSWER_BYTES: usize = 4 << 20;
 

@@ -13,7 +13,7 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`args`], [`units`] | the command line, and values as operators write them |
+//! | [`args`], [`units`], [`config`] | the command line, values as operators write them, and a command line kept in a file |
 //! | [`run`], [`shadow`], [`process`] | the two kinds of process, and what they have in common |
 //! | [`vm`] | one guest and everything that can be done about it: where the machine and the node meet |
 //! | [`api`], [`events`] | JSON over HTTP on a UNIX socket; what happens, as a stream |
@@ -26,6 +26,7 @@
 
 mod api;
 mod args;
+mod config;
 mod console;
 mod control;
 mod demo;
@@ -51,15 +52,18 @@ mod vm;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
-use crate::args::{Cli, Command};
+use crate::args::Command;
+use crate::config::{Asked, Unread};
 use crate::exit::{Code, Failure};
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
-        Err(error) => {
+    let cli = match config::read(std::env::args_os().collect()) {
+        Ok(Asked::Command(cli)) => cli,
+        Ok(Asked::Print(text)) => {
+            say::line(text.trim_end());
+            return ExitCode::from(Code::Success);
+        }
+        Err(Unread::Line(error)) => {
             let _ = error.print();
             // Asking for help is no error; everything else clap says is.
             return ExitCode::from(if error.use_stderr() {
@@ -67,6 +71,10 @@ fn main() -> ExitCode {
             } else {
                 Code::Success
             });
+        }
+        Err(Unread::File(text)) => {
+            say::note(text);
+            return ExitCode::from(Code::BadArguments);
         }
     };
     let code = logging::start(&cli.log).and_then(|()| dispatch(&cli.command));
