@@ -99,7 +99,8 @@ const PLAN: &[Place] = &[
         name: "umbra-devices",
         folder: "vmm/devices",
         may_use: &["umbra-units"],
-        never: &[NETWORK, KVM],
+        // Virtqueues live in guest memory: docs/decisions/0016-devices-see-guest-memory.md.
+        never: &[NETWORK, &["kvm-ioctls", "kvm-bindings", "umbra-machine"]],
         pure: false,
     },
     Place {

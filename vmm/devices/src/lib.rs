@@ -21,6 +21,7 @@
 //! | [`exit`] | the port a test kernel ends itself through |
 //! | [`i8042`] | the keyboard controller, for its reset line |
 //! | [`rtc`] | the CMOS clock and its memory |
+//! | [`virtio`] | virtio devices: transport over MMIO, queues, and the devices themselves |
 //! | [`fault`] | a device that makes saving or restoring fail, for tests of everything above |
 //! | [`limits`] | every bound |
 #![forbid(unsafe_code)]
@@ -33,6 +34,7 @@ pub mod i8042;
 pub mod limits;
 pub mod rtc;
 pub mod serial;
+pub mod virtio;
 
 pub use bus::{Bus, BusError, Span};
 pub use contract::{Device, End, Ending, Line, Out, Restore, RestoreError, SaveError, SavedState};

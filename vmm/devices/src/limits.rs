@@ -8,3 +8,18 @@ pub const SERIAL_INPUT_BYTES: usize = 4096;
 
 /// Bytes of CMOS memory behind the index port, the clock's registers among them.
 pub const CMOS_BYTES: usize = 128;
+
+/// Queues one virtio device may have.
+pub const VIRTIO_QUEUES: usize = 64;
+
+/// Pieces of guest memory in one chain, indirect ones included. A driver keeps to the size of its queue (virtio 1.2, The
+/// Virtqueue Descriptor Table), which is at most this with every device here.
+pub const CHAIN_SEGMENTS: usize = 1024;
+
+/// Chains a device takes in one call, so that whoever calls can look up in between: a driver may refill its queue as fast as it
+/// is emptied.
+pub const CHAINS_PER_CALL: u32 = 256;
+
+/// Random bytes put into one chain. A driver that asks for more gets this much, which the device may do (virtio 1.2, Entropy
+/// Device, Device Operation).
+pub const RNG_BYTES_PER_CHAIN: usize = 64 << 10;
