@@ -85,7 +85,7 @@ pub(crate) enum Command {
 /// `umbra run`.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
-    /// The kernel: an ELF file with a PVH entry
+    /// The kernel: an ELF file (vmlinux, or one with a PVH note) or a bzImage
     #[arg(long, value_name = "PATH")]
     pub(crate) kernel: PathBuf,
     /// An initial RAM disk for it

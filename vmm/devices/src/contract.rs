@@ -140,16 +140,24 @@ pub trait Line: Send + Sync {
     fn pulse(&self);
 }
 
-/// Why the guest is over, as a device can know it.
+/// A level-triggered interrupt line.
+pub trait Level: Send + Sync {
+    /// Where the line is from now on. When this returns, the interrupt controller knows.
+    fn set(&self, high: bool);
+}
+
+/// What a guest wants to happen to itself, as a device can know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
     /// The guest ended itself with this code.
     Code(u32),
-    /// The guest asked for a reset.
+    /// The guest asked for a reset: to be booted again, or over, as whoever runs it decides.
     Reset,
+    /// The guest powered itself off.
+    PowerOff,
 }
 
-/// Who is told that the guest is over.
+/// Who is told that the guest is to stop where it is.
 pub trait Ending: Send + Sync {
     /// The guest must not run on.
     fn end(&self, why: End);
@@ -191,6 +199,7 @@ impl fmt::Display for End {
         match self {
             Self::Code(code) => write!(f, "ended with code {code}"),
             Self::Reset => f.write_str("asked for a reset"),
+            Self::PowerOff => f.write_str("powered off"),
         }
     }
 }

@@ -18,6 +18,7 @@
 //! | [`contract`] | what every device promises: [`Device`], [`Restore`], [`SavedState`] |
 //! | [`bus`] | which device answers at an address |
 //! | [`serial`] | a 16550 serial port |
+//! | [`acpi_pm`] | ACPI's fixed hardware: power button, power-off, reset |
 //! | [`exit`] | the port a test kernel ends itself through |
 //! | [`i8042`] | the keyboard controller, for its reset line |
 //! | [`rtc`] | the CMOS clock and its memory |
@@ -26,6 +27,7 @@
 //! | [`limits`] | every bound |
 #![forbid(unsafe_code)]
 
+pub mod acpi_pm;
 pub mod bus;
 pub mod contract;
 pub mod exit;
@@ -36,8 +38,9 @@ pub mod rtc;
 pub mod serial;
 pub mod virtio;
 
+pub use acpi_pm::AcpiPm;
 pub use bus::{Bus, BusError, Span};
-pub use contract::{Device, End, Ending, Line, Out, Restore, RestoreError, SaveError, SavedState};
+pub use contract::{Device, End, Ending, Level, Line, Out, Restore, RestoreError, SaveError, SavedState};
 pub use exit::ExitPort;
 pub use fault::{FaultDevice, FaultPlan};
 pub use i8042::I8042;

@@ -7,6 +7,8 @@
 //!   0xf4    exit/0
 //!   0x3f8   serial/0            4
 //!   0x5fa   fault/0             (only when a test asks for it)
+//!   0x600   acpi-pm/0           9, level
+//!   0xcf9   acpi-pm/0 (reset)
 //! ```
 //!
 //! PIC, IOAPIC, LAPIC and PIT are KVM's, and answer before an access reaches here.
@@ -25,10 +27,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use kvm_ioctls::VmFd;
 use umbra_core::guest::StateRecord;
 use umbra_devices::{
-    Bus, Ending, ExitPort, FaultDevice, FaultPlan, I8042, Line, Restore, Rtc, SavedState, Serial, Span, WallClock,
-    exit, fault, i8042, rtc, serial,
+    AcpiPm, Bus, Ending, ExitPort, FaultDevice, FaultPlan, I8042, Level, Line, Restore, Rtc, SavedState, Serial, Span,
+    WallClock, acpi_pm, exit, fault, i8042, rtc, serial,
 };
 
+use crate::acpi::Tables;
 use crate::error::Error;
 use crate::output::Output;
 
@@ -37,6 +40,7 @@ pub(crate) struct Board {
     pub(crate) ports: Bus,
     pub(crate) mmio: Bus,
     serial: Arc<Mutex<Serial>>,
+    power: Arc<Mutex<AcpiPm>>,
     /// In the order they are saved.
     slots: Vec<Box<dyn Slot>>,
 }
@@ -103,10 +107,19 @@ impl Board {
             line,
         };
         let console = Arc::new(Mutex::new(Serial::new(com1.clone())));
+        let power_wiring = acpi_pm::Wiring {
+            ending: ending.clone(),
+            sci: Arc::new(IsaLine {
+                vm: vm.clone(),
+                irq: acpi_pm::SCI_IRQ.into(),
+            }),
+        };
+        let power = Arc::new(Mutex::new(AcpiPm::new(power_wiring.clone())));
         let mut board = Self {
             ports: Bus::new(),
             mmio: Bus::new(),
             serial: console.clone(),
+            power: power.clone(),
             slots: Vec::new(),
         };
         board.place(
@@ -127,6 +140,11 @@ impl Board {
         };
         let device = Arc::new(Mutex::new(Rtc::new(wiring.clone())));
         board.place(device, wiring, rtc::PORT, &[Span::new(rtc::PORT, rtc::PORTS)])?;
+        let spans = [
+            Span::new(acpi_pm::EVENT_PORT, acpi_pm::PORTS),
+            Span::new(acpi_pm::RESET_PORT, 1),
+        ];
+        board.place(power, power_wiring, acpi_pm::EVENT_PORT, &spans)?;
         if let Some(plan) = fault_plan {
             let device = Arc::new(Mutex::new(FaultDevice::new(plan.clone())));
             board.place(device, plan.clone(), fault::PORT, &[Span::new(fault::PORT, 1)])?;
@@ -189,6 +207,21 @@ impl Board {
         }))
     }
 
+    /// What a kernel is to be told about the devices.
+    #[allow(clippy::unused_self, reason = "which devices there are depends on the board")]
+    pub(crate) const fn tables(&self) -> Tables<'_> {
+        Tables {
+            cpus: 0,
+            mmio: &[],
+            generation: None,
+        }
+    }
+
+    /// Somebody presses the power button; says whether the guest listens.
+    pub(crate) fn power_button(&self) -> bool {
+        self.power.lock().unwrap_or_else(PoisonError::into_inner).press()
+    }
+
     /// Somebody types on the console; says how many bytes there was room for.
     pub(crate) fn console_input(&self, bytes: &[u8]) -> usize {
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).input(bytes)
@@ -203,10 +236,15 @@ struct IsaLine {
 
 impl Line for IsaLine {
     fn pulse(&self) {
-        for level in [true, false] {
-            if let Err(error) = self.vm.set_irq_line(self.irq, level) {
-                tracing::warn!(irq = self.irq, %error, "cannot raise an interrupt");
-            }
+        self.set(true);
+        self.set(false);
+    }
+}
+
+impl Level for IsaLine {
+    fn set(&self, high: bool) {
+        if let Err(error) = self.vm.set_irq_line(self.irq, high) {
+            tracing::warn!(irq = self.irq, %error, "cannot raise or lower an interrupt");
         }
     }
 }

@@ -11,6 +11,7 @@ use umbra_units::{Bytes, PAGE_SIZE, PageCount, Pfn, SpaceId};
 
 use umbra_core::guest::Space;
 
+use crate::boot::Source;
 use crate::error::Error;
 use crate::limits;
 
@@ -45,11 +46,15 @@ pub enum Sharing {
 }
 
 impl MachineConfig {
-    /// A machine that boots `kernel`, an ELF file with a PVH entry, with `cpus` vCPUs and `memory` bytes of RAM.
+    /// A machine that boots `kernel`, an ELF file (with a PVH note or a Linux entry) or a bzImage, with `cpus` vCPUs and
+    /// `memory` bytes of RAM.
     pub fn new(kernel: impl Into<PathBuf>, cpus: u8, memory: Bytes) -> Result<Self, Error> {
         let kernel = kernel.into();
         if kernel.as_os_str().is_empty() {
-            return Err(bad("kernel", "expected the path of an ELF file, got nothing"));
+            return Err(bad(
+                "kernel",
+                "expected the path of an ELF file or a bzImage, got nothing",
+            ));
         }
         let shape = Shape::new(cpus, memory, Sharing::default())?;
         Ok(Self {
@@ -117,6 +122,14 @@ impl MachineConfig {
     /// Its vCPUs and memory.
     pub const fn shape(&self) -> Shape {
         self.shape
+    }
+
+    pub(crate) fn boot_source(&self) -> Source {
+        Source {
+            kernel: self.kernel.clone(),
+            initrd: self.initrd.clone(),
+            cmdline: self.cmdline.clone(),
+        }
     }
 
     pub(crate) const fn fault(&self) -> Option<&FaultPlan> {
@@ -200,7 +213,7 @@ mod tests {
         let ok = || MachineConfig::new("k", 1, Bytes::mib(64)).unwrap();
         assert_eq!(
             line(MachineConfig::new("", 1, Bytes::mib(64))),
-            "kernel: expected the path of an ELF file, got nothing"
+            "kernel: expected the path of an ELF file or a bzImage, got nothing"
         );
         assert_eq!(
             line(MachineConfig::new("k", 0, Bytes::mib(64))),

@@ -100,6 +100,7 @@ impl Ending for Fate {
         self.end(match why {
             End::Code(code) => ExitReason::Code(code),
             End::Reset => ExitReason::Reset,
+            End::PowerOff => ExitReason::Shutdown,
         });
     }
 }

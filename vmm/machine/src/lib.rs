@@ -26,7 +26,7 @@
 //! | `state` | records: what travels beside memory, and in which order |
 //! | `cpuid` | what processor the guest sees, and whether another host can be it |
 //! | `board`, `output` | the devices in their places; console output held and released |
-//! | `boot`, `mptable` | PVH |
+//! | `boot`, `acpi`, `mptable` | kernels of three kinds, and the tables they read |
 //! | [`probe`](mod@probe) | what this host's KVM can do, found by trying |
 //! | `ioctls` | raw calls that kvm-ioctls lacks |
 //! | [`limits`] | every bound |
@@ -54,6 +54,7 @@ pub mod limits;
 pub mod machine;
 pub mod probe;
 
+mod acpi;
 mod board;
 mod boot;
 mod cpuid;

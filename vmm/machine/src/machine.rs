@@ -26,6 +26,7 @@ use umbra_core::guest::{Guest, GuestBuilder, GuestError, Harvest, PageBytes, Spa
 use umbra_devices::{FaultPlan, Out};
 use umbra_units::{Bytes, Gpa, PAGE_SIZE, PageId, Pfn, SpaceId};
 
+use crate::acpi::Tables;
 use crate::board::Board;
 use crate::boot;
 use crate::config::{MachineConfig, Shape};
@@ -100,7 +101,7 @@ impl Machine {
             fault: config.fault(),
         };
         let machine = Self::assemble(&plan, sinks)?;
-        let entry = boot::load(&machine.memory, config)?;
+        let entry = boot::load(&machine.memory, &config.boot_source(), &machine.tables())?;
         boot::enter(&lock(&machine.vcpus[0]).fd, entry)?;
         *machine.phase() = Phase::Paused;
         Ok(Arc::new(machine))
@@ -139,6 +140,11 @@ impl Machine {
     /// Type on the guest's console; says how many bytes there was room for.
     pub fn console_input(&self, bytes: &[u8]) -> usize {
         self.board.console_input(bytes)
+    }
+
+    /// Press the guest's power button. Says whether it listens: its kernel knows ACPI and has come to its driver.
+    pub fn power_button(&self) -> bool {
+        self.board.power_button()
     }
 
     /// Write to guest memory as a device does, recorded for the next harvest.
@@ -198,6 +204,14 @@ impl Machine {
             machine.threads.push(machine.start_thread(vcpu)?);
         }
         Ok(machine)
+    }
+
+    /// What a kernel is told about this machine.
+    fn tables(&self) -> Tables<'_> {
+        Tables {
+            cpus: self.shape().cpus(),
+            ..self.board.tables()
+        }
     }
 
     fn start_thread(&self, vcpu: &Arc<Mutex<Vcpu>>) -> Result<JoinHandle<()>, Error> {

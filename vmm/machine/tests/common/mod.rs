@@ -6,6 +6,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -163,17 +164,49 @@ pub(crate) fn record<'a>(records: &'a mut [StateRecord], kind: &str) -> &'a mut 
 pub(crate) struct Snippet(PathBuf);
 
 impl Snippet {
+    /// Entered by PVH: 32 bits, no paging.
     pub(crate) fn new(name: &str, code: &[u8]) -> Self {
+        Self::file(name, &elf(code, true))
+    }
+
+    /// An ELF file without a PVH note, entered by Linux's protocol: 64 bits.
+    pub(crate) fn linux(name: &str, code: &[u8]) -> Self {
+        Self::file(name, &elf(code, false))
+    }
+
+    /// A bzImage, entered the same way.
+    pub(crate) fn bzimage(name: &str, code: &[u8]) -> Self {
+        Self::file(name, &bzimage(code))
+    }
+
+    pub(crate) fn file(name: &str, bytes: &[u8]) -> Self {
         let directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
         std::fs::create_dir_all(directory).unwrap();
-        let path = directory.join(format!("{name}.elf"));
-        std::fs::write(&path, elf(code)).unwrap();
+        // A name of its own each time: tests run at once, in this process and in others.
+        static FILES: AtomicU32 = AtomicU32::new(0);
+        let number = FILES.fetch_add(1, Ordering::Relaxed);
+        let path = directory.join(format!("{name}-{}-{number}", std::process::id()));
+        std::fs::write(&path, bytes).unwrap();
         Self(path)
     }
 
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub(crate) fn config(&self) -> MachineConfig {
+        MachineConfig::new(&self.0, 1, Bytes::mib(8)).unwrap()
+    }
+
     pub(crate) fn launch(&self, sinks: Sinks) -> Arc<Machine> {
-        let config = MachineConfig::new(&self.0, 1, Bytes::mib(8)).unwrap();
-        Machine::launch(&config, sinks).unwrap()
+        Machine::launch(&self.config(), sinks).unwrap()
+    }
+}
+
+impl Drop for Snippet {
+    fn drop(&mut self) {
+        // Left behind, it would only take room.
+        let _ = std::fs::remove_file(&self.0);
     }
 }
 
@@ -185,8 +218,27 @@ pub(crate) const ECHO: [u8; 17] = [
 
 const BASE: u64 = 0x10_0000;
 
-/// An ELF file with one segment at 1 MiB, entered there by PVH.
-fn elf(code: &[u8]) -> Vec<u8> {
+/// A bzImage of protocol 2.15 whose 64-bit entry is `code`; it wants 4 MiB from 2 MiB on, and 255 bytes of command line.
+fn bzimage(code: &[u8]) -> Vec<u8> {
+    let mut file = vec![0; 1024 + 0x200];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0x1f1, &[1]);
+    put(0x1fe, &[0x55, 0xaa]);
+    put(0x202, b"HdrS");
+    put(0x206, &0x020f_u16.to_le_bytes());
+    put(0x211, &[1]);
+    put(0x214, &0x10_0000_u32.to_le_bytes());
+    put(0x22c, &0x7fff_ffff_u32.to_le_bytes());
+    put(0x236, &[1]);
+    put(0x238, &255_u32.to_le_bytes());
+    put(0x258, &0x20_0000_u64.to_le_bytes());
+    put(0x260, &0x40_0000_u32.to_le_bytes());
+    file.extend(code);
+    file
+}
+
+/// An ELF file with one segment at 1 MiB, entered there, with or without a note that says so to PVH.
+fn elf(code: &[u8], pvh: bool) -> Vec<u8> {
     const HEADERS: u64 = 64 + 2 * 56;
     let mut note = Vec::new();
     for word in [4_u32, 4, 18] {
@@ -201,7 +253,8 @@ fn elf(code: &[u8]) -> Vec<u8> {
     file.extend(0_u32.to_le_bytes());
     file.extend([64_u16, 56, 2, 64, 0, 0].iter().flat_map(|half| half.to_le_bytes()));
     let code_at = HEADERS + note.len() as u64;
-    for (kind, at, len) in [(4_u32, HEADERS, note.len() as u64), (1, code_at, code.len() as u64)] {
+    let note_kind = if pvh { 4_u32 } else { 0 };
+    for (kind, at, len) in [(note_kind, HEADERS, note.len() as u64), (1, code_at, code.len() as u64)] {
         file.extend(kind.to_le_bytes());
         file.extend(7_u32.to_le_bytes());
         let address = if kind == 1 { BASE } else { 0 };
