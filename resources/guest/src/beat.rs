@@ -120,7 +120,8 @@ impl Beat {
         let sum =
             |of: fn(crate::boot::CpuCell) -> u64| -> u64 { (0..cpus).map(|cpu| of(self.share.root_cpu(cpu))).sum() };
         let (pages, checked) = (sum(|cpu| cpu.written()), sum(|cpu| cpu.checked()));
-        if self.share.config.work == Work::Compute {
+        let work = self.share.config.work;
+        if work == Work::Compute || work.drives_a_device() {
             let ops = sum(|cpu| cpu.ops());
             say!(
                 "#{} pages={pages} checked={checked} cpus={cpus} ops={ops} ok",

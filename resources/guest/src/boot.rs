@@ -19,6 +19,7 @@ unsafe extern "C" {
     fn service_gate();
     fn ignore_gate();
     fn timer_gates();
+    fn device_gate();
     fn fault_gates();
     static trampoline: u8;
     static trampoline_end: u8;
@@ -59,6 +60,7 @@ pub(crate) fn install_gates() {
         gate(fault, fault_gates as *const () as usize + fault * 16, 0);
     }
     gate(6, service_gate as *const () as usize, 3);
+    gate(cpu::DEVICE_VECTOR, device_gate as *const () as usize, 0);
     for cpu in 0..CPUS_MAX {
         gate(cpu::TIMER_VECTOR + cpu, timer_gates as *const () as usize + cpu * 32, 0);
     }

@@ -15,6 +15,14 @@ pub enum Work {
     Dirty,
     /// Arithmetic with a checked result.
     Compute,
+    /// Disk requests as fast as they are answered, timed.
+    Blk,
+    /// A disk that proves itself ([`crate::disk`]).
+    BlkCheck,
+    /// Answers ARP, pings and datagrams, and streams them when asked to.
+    Net,
+    /// Asks for random numbers and checks that they look like it.
+    Rng,
 }
 
 impl Work {
@@ -24,9 +32,65 @@ impl Work {
             Self::Idle => "idle",
             Self::Dirty => "dirty",
             Self::Compute => "compute",
+            Self::Blk => "blk",
+            Self::BlkCheck => "blkcheck",
+            Self::Net => "net",
+            Self::Rng => "rng",
+        }
+    }
+
+    /// Whether it needs a virtio device.
+    pub fn drives_a_device(self) -> bool {
+        matches!(self, Self::Blk | Self::BlkCheck | Self::Net | Self::Rng)
+    }
+}
+
+/// What is asked of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// To read.
+    Read,
+    /// To write.
+    Write,
+    /// Half of each.
+    Mixed,
+    /// `work=blkcheck`: to read all of it once, and stop.
+    Verify,
+}
+
+impl Op {
+    /// The word that selects it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::Mixed => "mixed",
+            Self::Verify => "verify",
         }
     }
 }
+
+/// How a driver learns that its device is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// By looking at the ring all the time.
+    Poll,
+    /// By an interrupt, asleep until then.
+    Irq,
+}
+
+/// Where a virtio-mmio device is, as the VMM says on the command line (Linux,
+/// Documentation/admin-guide/kernel-parameters: `virtio_mmio.device=<size>@<base>:<irq>[:<id>]`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Guest-physical address of its registers.
+    pub base: u64,
+    /// Its interrupt line.
+    pub irq: u32,
+}
+
+/// Most windows of which note is taken.
+pub const WINDOWS_MAX: usize = 32;
 
 /// Which page of the working set is written next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,6 +163,24 @@ pub struct Config {
     pub simd: bool,
     /// Stop with exit code 0 after so long.
     pub run_us: Option<u64>,
+    /// What is asked of a disk.
+    pub op: Op,
+    /// Bytes of a disk request of [`Work::Blk`].
+    pub request_bytes: u32,
+    /// Disk requests at once.
+    pub depth: u16,
+    /// How much of a disk is used, from its start.
+    pub span_bytes: u64,
+    /// How long [`Work::Blk`] measures.
+    pub measure_us: u64,
+    /// How drivers learn that a device is done.
+    pub wait: Wait,
+    /// Our IPv4 address.
+    pub ip: [u8; 4],
+    /// Where devices are; the first `window_count` of them.
+    pub windows: [Window; WINDOWS_MAX],
+    /// How many.
+    pub window_count: usize,
 }
 
 impl Default for Config {
@@ -119,6 +201,15 @@ impl Default for Config {
             scrub: true,
             simd: false,
             run_us: None,
+            op: Op::Mixed,
+            request_bytes: 4096,
+            depth: 16,
+            span_bytes: 64 << 20,
+            measure_us: 5_000_000,
+            wait: Wait::Poll,
+            ip: [10, 0, 0, 2],
+            windows: [Window { base: 0, irq: 0 }; WINDOWS_MAX],
+            window_count: 0,
         }
     }
 }
@@ -164,7 +255,11 @@ impl Config {
                     "idle" => Work::Idle,
                     "dirty" => Work::Dirty,
                     "compute" => Work::Compute,
-                    _ => return Err("idle, dirty or compute"),
+                    "blk" => Work::Blk,
+                    "blkcheck" => Work::BlkCheck,
+                    "net" => Work::Net,
+                    "rng" => Work::Rng,
+                    _ => return Err("idle, dirty, compute, blk, blkcheck, net or rng"),
                 }
             }
             "rate" => self.rate = bytes(value).ok_or("bytes per second such as 100M, or 0 for no limit")?,
@@ -205,14 +300,85 @@ impl Config {
             "scrub" => self.scrub = switch(value)?,
             "simd" => self.simd = switch(value)?,
             "run" => self.run_us = Some(duration_us(value).filter(|&us| us > 0).ok_or(DURATION)?),
+            "op" => {
+                self.op = match value {
+                    "read" => Op::Read,
+                    "write" => Op::Write,
+                    "mixed" => Op::Mixed,
+                    "verify" => Op::Verify,
+                    _ => return Err("read, write, mixed or verify"),
+                }
+            }
+            "bs" => {
+                let right = bytes(value).filter(|&n| n > 0 && n % 512 == 0 && n <= REQUEST_BYTES_MAX);
+                self.request_bytes = right.ok_or("a multiple of 512 up to 256K")? as u32;
+            }
+            "depth" => {
+                let right = integer(value).filter(|n| (1..=u64::from(DEPTH_MAX)).contains(n));
+                self.depth = right.ok_or("1 to 64")? as u16;
+            }
+            "span" => {
+                let right = bytes(value).filter(|n| (4096..=SPAN_BYTES_MAX).contains(n));
+                self.span_bytes = right.ok_or("bytes such as 64M, from 4K to 16G")? & !4095;
+            }
+            "seconds" => self.measure_us = duration_us(value).filter(|&us| us > 0).ok_or(DURATION)?,
+            "wait" => {
+                self.wait = match value {
+                    "poll" => Wait::Poll,
+                    "irq" => Wait::Irq,
+                    _ => return Err("poll or irq"),
+                }
+            }
+            "ip" => self.ip = ipv4(value).ok_or("an address such as 10.0.0.2")?,
+            "virtio_mmio.device" => {
+                let window = window(value).ok_or("size@address:irq, such as 4K@0xd0000000:5")?;
+                let place = self.windows.get_mut(self.window_count).ok_or("at most 32 devices")?;
+                *place = window;
+                self.window_count += 1;
+            }
             _ => {
                 return Err(
-                    "cpus, mem, work, rate, wss, pattern, phase, zipf, content, fill, beat, verify, scrub, simd or run",
+                    "cpus, mem, work, rate, wss, pattern, phase, zipf, content, fill, beat, verify, scrub, simd, run, \
+                     op, bs, depth, span, seconds, wait, ip or virtio_mmio.device",
                 );
             }
         }
         Ok(())
     }
+
+    /// Where devices are.
+    pub fn windows(&self) -> &[Window] {
+        &self.windows[..self.window_count]
+    }
+}
+
+/// Most disk requests at once.
+pub const DEPTH_MAX: u16 = 64;
+/// Largest disk request.
+pub const REQUEST_BYTES_MAX: u64 = 256 << 10;
+/// A disk that proves itself has eight bytes of guest memory per block.
+const SPAN_BYTES_MAX: u64 = 16 << 30;
+
+fn ipv4(text: &str) -> Option<[u8; 4]> {
+    let mut address = [0; 4];
+    let mut parts = text.split('.');
+    for byte in &mut address {
+        *byte = u8::try_from(integer(parts.next()?)?).ok()?;
+    }
+    parts.next().is_none().then_some(address)
+}
+
+/// The size of a window is always a page or less: it is read and not used.
+fn window(text: &str) -> Option<Window> {
+    let (size, rest) = text.split_once('@')?;
+    let (base, rest) = rest.split_once(':')?;
+    bytes(size)?;
+    let irq = rest.split(':').next()?;
+    let base = u64::from_str_radix(base.strip_prefix("0x")?, 16).ok()?;
+    // Below 4 GiB: the boot page tables reach no further.
+    let fits = (1 << 20..(1 << 32) - 4096).contains(&base);
+    let irq = u32::try_from(integer(irq)?).ok()?;
+    fits.then_some(Window { base, irq })
 }
 
 const BYTES: &str = "bytes such as 64M";
@@ -287,7 +453,18 @@ mod tests {
     #[test]
     fn every_key_is_understood() {
         let line = "cpus=4 mem=256M work=dirty rate=0 wss=8M pattern=zipf phase=500ms zipf=0.75 content=mixed \
-                    fill=all beat=200 verify=off scrub=off simd=on run=10";
+                    fill=all beat=200 verify=off scrub=off simd=on run=10 op=write bs=64K depth=32 span=1M \
+                    seconds=500ms wait=irq ip=192.168.0.9 virtio_mmio.device=4K@0xd0000000:5 \
+                    virtio_mmio.device=512@0xfeb00e00:12:3";
+        let mut windows = Config::default().windows;
+        windows[0] = Window {
+            base: 0xd000_0000,
+            irq: 5,
+        };
+        windows[1] = Window {
+            base: 0xfeb0_0e00,
+            irq: 12,
+        };
         let expected = Config {
             cpus: 4,
             mem_bytes: Some(256 << 20),
@@ -304,6 +481,15 @@ mod tests {
             scrub: false,
             simd: true,
             run_us: Some(10_000_000),
+            op: Op::Write,
+            request_bytes: 64 << 10,
+            depth: 32,
+            span_bytes: 1 << 20,
+            measure_us: 500_000,
+            wait: Wait::Irq,
+            ip: [192, 168, 0, 9],
+            windows,
+            window_count: 2,
         };
         assert_eq!(Config::parse(line).unwrap(), expected);
     }
@@ -335,6 +521,20 @@ mod tests {
             "fill=some",
             "pattern=lru",
             "mem=M",
+            "op=erase",
+            "bs=0",
+            "bs=511",
+            "bs=1M",
+            "depth=0",
+            "depth=65",
+            "span=4095",
+            "wait=maybe",
+            "ip=10.0.0",
+            "ip=10.0.0.256",
+            "ip=10.0.0.1.2",
+            "virtio_mmio.device=4K@d0000000:5",
+            "virtio_mmio.device=4K@0xd0000000",
+            "virtio_mmio.device=4K@0x1d0000000:5",
         ] {
             let line = format!("beat=500 {word} cpus=2");
             assert_eq!(Config::parse(&line).unwrap_err().word, word);

@@ -12,6 +12,8 @@ const SERVICE_MAGIC: u32 = 0x554d_4252;
 pub(crate) const TRAMPOLINE: usize = 0x8000;
 /// Timer vector of CPU 0; CPU n has the n-th after it.
 pub(crate) const TIMER_VECTOR: usize = 0x40;
+/// The vector of all devices.
+pub(crate) const DEVICE_VECTOR: usize = 0x60;
 
 /// A counter on a line of its own; `boot.s` steps by 64 bytes.
 #[repr(C, align(64))]
@@ -20,6 +22,16 @@ pub(crate) struct Ticks(pub(crate) AtomicU64);
 /// Timer interrupts taken, per CPU. Written by the CPL0 handlers in `boot.s`.
 #[unsafe(no_mangle)]
 pub(crate) static TICKS: [Ticks; CPUS_MAX] = [const { Ticks(AtomicU64::new(0)) }; CPUS_MAX];
+
+/// Interrupts of devices taken, all of them by CPU 0. Written by the CPL0 handler in `boot.s`.
+#[unsafe(no_mangle)]
+pub(crate) static DEVICE_INTERRUPTS: AtomicU64 = AtomicU64::new(0);
+
+/// How many there were.
+#[inline(always)]
+pub(crate) fn device_interrupts() -> u64 {
+    DEVICE_INTERRUPTS.load(Ordering::Relaxed)
+}
 
 /// Asks the CPL0 stub for something only it may do (`boot.s`, Services).
 ///
@@ -132,6 +144,31 @@ pub(crate) fn mask_pic() {
     out8(0xa1, 0xff);
 }
 
+/// The I/O APIC (82093AA datasheet): a register is chosen by the first word and read or written by the other.
+const IO_APIC: usize = 0xfec0_0000;
+const IO_APIC_VERSION: u32 = 1;
+const IO_APIC_REDIRECTION: u32 = 0x10;
+
+/// Leads an interrupt line, by its edge, to the device vector of CPU 0. If there is no such line, the last there is.
+pub(crate) fn route_interrupt(line: u32) -> Result<(), u32> {
+    let select = |register: u32| {
+        // SAFETY: the I/O APIC's page, mapped and ours.
+        unsafe { (IO_APIC as *mut u32).write_volatile(register) };
+        (IO_APIC + 0x10) as *mut u32
+    };
+    // SAFETY: as above.
+    let last = unsafe { select(IO_APIC_VERSION).read_volatile() } >> 16 & 0xff;
+    if line > last {
+        return Err(last);
+    }
+    let register = IO_APIC_REDIRECTION + 2 * line;
+    // SAFETY: as above. The high half, with the destination, goes first: the low half unmasks.
+    unsafe { select(register + 1).write_volatile(0) };
+    // SAFETY: as above.
+    unsafe { select(register).write_volatile(DEVICE_VECTOR as u32) };
+    Ok(())
+}
+
 const LAPIC: usize = 0xfee0_0000;
 const SPURIOUS: usize = 0xf0;
 const COMMAND_LOW: usize = 0x300;
@@ -225,9 +262,9 @@ impl Timer {
         lapic_write(TIMER_INITIAL, counts.clamp(1, u128::from(u32::MAX)) as u32);
     }
 
-    /// Halts for about so many TSC ticks; less, if an older tick was still to come.
-    pub(crate) fn sleep(&self, delay: u64) {
-        let seen = self.ticks();
+    /// Halts for about so many TSC ticks, unless there was an interrupt since `seen` were counted; less, if an older
+    /// tick was still to come, or a device interrupts.
+    pub(crate) fn sleep(&self, seen: u64, delay: u64) {
         self.arm(delay);
         // SAFETY: halts only while the counter is still `seen`, so the tick just armed ends it.
         unsafe { service(3, seen, self.ticks.as_ptr() as u64, 0) };

@@ -28,6 +28,7 @@
 //! 0x10_1000  page tables, descriptors, task states
 //! ...        text, data, stacks
 //! image_end  page directories for RAM above 4 GiB, if any
+//!            memory shared with a device, if `work=` drives one
 //!            the table: one u64 per proof page
 //!            proof pages, up to the end of low RAM; then RAM above 4 GiB
 //! ```
@@ -43,13 +44,18 @@
 #![no_main]
 
 mod beat;
+mod blk;
+mod blkcheck;
 mod boot;
 mod clock;
 mod console;
 mod cpu;
 mod health;
 mod mem;
+mod net;
 mod plan;
+mod rng;
+mod virtio;
 mod workload;
 
 use crate::console::{fatal, say, start_line};

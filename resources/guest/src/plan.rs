@@ -1,6 +1,8 @@
 //! Where the proof pages lie, and who owns which.
 
-use crate::refuse;
+use crate::blk::Timed;
+use crate::blkcheck::Check;
+use crate::{net, refuse, rng};
 use umbra_guest::config::{Amount, Config, Content, Work};
 use umbra_guest::proof::{Class, PAGE_BYTES, Page};
 
@@ -85,6 +87,10 @@ pub(crate) struct Plan {
     pub(crate) high_gpa: u64,
     /// One entry per page: the sequence it should have.
     pub(crate) table: *mut u64,
+    /// Where the memory lies that a driver shares with its device.
+    pub(crate) shared_gpa: u64,
+    /// How much of it.
+    pub(crate) shared_bytes: u64,
     content: Content,
     cpus: u64,
 }
@@ -96,7 +102,15 @@ impl Plan {
         if memory.low_end < image_end_gpa() + (1 << 20) {
             refuse("mem=", format_args!("at least a megabyte more than the image"));
         }
-        let table = map_high(&memory);
+        let shared_gpa = map_high(&memory);
+        let shared_bytes = shared_bytes(config).next_multiple_of(PAGE_BYTES);
+        let table = shared_gpa + shared_bytes;
+        if table + (1 << 20) > memory.low_end {
+            refuse(
+                "mem=",
+                format_args!("{}K more, for this work's device", shared_bytes >> 10),
+            );
+        }
         // Room for as many entries as there could be pages: 0.2 % more than needed at most.
         let high_pages = (memory.high_end - memory.high_start) / PAGE_BYTES;
         let room = (memory.low_end - table) / PAGE_BYTES + high_pages;
@@ -105,9 +119,9 @@ impl Plan {
         let available = low_pages + high_pages;
 
         let working = match (config.work, config.wss_bytes) {
-            (Work::Idle | Work::Compute, _) => 0,
             (Work::Dirty, None) => (WSS_BYTES_DEFAULT / PAGE_BYTES).min(available / 2),
             (Work::Dirty, Some(bytes)) => bytes / PAGE_BYTES,
+            _ => 0,
         };
         if working > available || (config.work == Work::Dirty && working < config.cpus as u64) {
             refuse(
@@ -132,6 +146,8 @@ impl Plan {
             low_pages,
             high_gpa: memory.high_start,
             table: table as *mut u64,
+            shared_gpa,
+            shared_bytes,
             content: config.content,
             cpus: config.cpus as u64,
         }
@@ -224,6 +240,17 @@ impl Partition {
             None => self.working.first + n,
             Some(n) => self.fill.first + n,
         }
+    }
+}
+
+/// What the driver of this work's device needs.
+fn shared_bytes(config: &Config) -> u64 {
+    match config.work {
+        Work::Idle | Work::Dirty | Work::Compute => 0,
+        Work::Blk => Timed::shared_bytes(config.depth, config.request_bytes),
+        Work::BlkCheck => Check::shared_bytes(config.span_bytes),
+        Work::Net => net::SHARED_BYTES,
+        Work::Rng => rng::SHARED_BYTES,
     }
 }
 

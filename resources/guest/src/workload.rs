@@ -5,11 +5,15 @@
 
 use crate::EXIT_CORRUPT;
 use crate::beat::Beat;
+use crate::blk::Timed;
+use crate::blkcheck::Check;
 use crate::boot::{CpuCell, Share};
 use crate::console::{fatal, silenced};
 use crate::cpu::{self, Timer};
 use crate::health::Health;
+use crate::net::Net;
 use crate::plan::{Partition, Plan};
+use crate::rng::Random;
 use core::sync::atomic::{Ordering, compiler_fence};
 use umbra_guest::config::{Pattern, Work};
 use umbra_guest::pattern::{Rng, Shuffle, Zipf};
@@ -44,6 +48,8 @@ pub(crate) fn run(cpu: usize, share: &'static Share, mut beat: Option<Beat>) -> 
     let mut before = health.look();
     let mut turns = 0;
     loop {
+        // Before anything is looked at: an interrupt from here on ends the sleep below before it begins.
+        let ticks = timer.ticks();
         let now = health.look();
         turns += 1;
         pages.me.set_turns(turns);
@@ -63,7 +69,7 @@ pub(crate) fn run(cpu: usize, share: &'static Share, mut beat: Option<Beat>) -> 
         let now = health.look();
         if wake > now + nap {
             health.forget_tick();
-            timer.sleep(wake - now);
+            timer.sleep(ticks, wake - now);
         }
         before = health.look();
     }
@@ -220,17 +226,27 @@ enum Task {
     Idle,
     Dirty { choice: Choice, pace: Option<Pace> },
     Compute { round: u64, ops: u64 },
+    Blk(Timed),
+    BlkCheck(Check),
+    Net(Net),
+    Rng(Random),
 }
 
 impl Task {
     fn new(share: &Share, pages: &Pages, now: u64) -> Self {
         match share.config.work {
+            // A device has one driver.
+            work if work.drives_a_device() && pages.cpu != 0 => Self::Idle,
             Work::Idle => Self::Idle,
             Work::Dirty => Self::Dirty {
                 choice: Choice::new(share, pages, now),
-                pace: Pace::new(share, now),
+                pace: Pace::new(share, share.config.cpus, now),
             },
             Work::Compute => Self::Compute { round: 0, ops: 0 },
+            Work::Blk => Self::Blk(Timed::new(share)),
+            Work::BlkCheck => Self::BlkCheck(Check::new(share, now)),
+            Work::Net => Self::Net(Net::new(share)),
+            Work::Rng => Self::Rng(Random::new(share)),
         }
     }
 
@@ -253,12 +269,16 @@ impl Task {
                 pages.me.set_ops(*ops);
                 None
             }
+            Self::Blk(timed) => timed.step(pages.me, now),
+            Self::BlkCheck(check) => check.step(pages.me, now),
+            Self::Net(net) => net.step(pages.me, now),
+            Self::Rng(random) => random.step(pages.me, now),
         }
     }
 }
 
 /// Spreads a rate over time.
-struct Pace {
+pub(crate) struct Pace {
     interval: u64,
     next: u64,
     spell: u64,
@@ -266,14 +286,14 @@ struct Pace {
 }
 
 impl Pace {
-    /// `None` if there is no limit.
-    fn new(share: &Share, now: u64) -> Option<Self> {
+    /// That of one of so many CPUs that share `rate=`; `None` if there is no limit.
+    pub(crate) fn new(share: &Share, cpus: usize, now: u64) -> Option<Self> {
         let (clock, config) = (&share.clock, &share.config);
         let rate = u128::from(config.rate);
         if rate == 0 {
             return None;
         }
-        let per_page = u128::from(clock.tsc_khz) * 1000 * u128::from(PAGE_BYTES) * config.cpus as u128 / rate;
+        let per_page = u128::from(clock.tsc_khz) * 1000 * u128::from(PAGE_BYTES) * cpus as u128 / rate;
         let interval = (per_page as u64).max(1);
         Some(Self {
             interval,
@@ -285,7 +305,7 @@ impl Pace {
 
     /// Until when to rest; `None` when a page is due, which it then takes as done.
     #[inline(always)]
-    fn rest(&mut self, now: u64) -> Option<u64> {
+    pub(crate) fn rest(&mut self, now: u64) -> Option<u64> {
         if now < self.next {
             return Some(self.next.max(now + self.spell));
         }
