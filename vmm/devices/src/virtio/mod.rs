@@ -19,6 +19,7 @@
 //! | [`interrupt`] | the status bits and the line behind them |
 //! | `state` | the saved layout, one record for transport and device |
 //! | [`testing`] | a driver that behaves, one that does not, and what to watch them with |
+//! | [`limiter`] | token buckets, for devices that may do only so much |
 //! | [`rng`] | entropy: the simplest device, to copy from |
 //!
 //! # Writing a device
@@ -69,6 +70,7 @@
 pub mod chain;
 pub mod engine;
 pub mod interrupt;
+pub mod limiter;
 pub mod mmio;
 pub mod rings;
 pub mod rng;
