@@ -23,3 +23,12 @@ pub const CHAINS_PER_CALL: u32 = 256;
 /// Random bytes put into one chain. A driver that asks for more gets this much, which the device may do (virtio 1.2, Entropy
 /// Device, Device Operation).
 pub const RNG_BYTES_PER_CHAIN: usize = 64 << 10;
+
+/// Bytes of data in one disk request. Drivers ask for a few MiB at most; a request of gigabytes would hold up the pause that waits for it.
+pub const BLK_REQUEST_BYTES: u64 = 64 << 20;
+
+/// Sectors in one request to discard: 1 GiB, of which only the file's map is changed.
+pub const BLK_DISCARD_SECTORS: u32 = 1 << 21;
+
+/// Sectors in one request to write zeros: 64 MiB, which a file system without holes must write.
+pub const BLK_WRITE_ZEROES_SECTORS: u32 = 1 << 17;

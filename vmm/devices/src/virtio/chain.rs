@@ -116,6 +116,12 @@ impl Chain {
     }
 }
 
+impl From<&Chain> for Token {
+    fn from(chain: &Chain) -> Self {
+        chain.token
+    }
+}
+
 impl Segments {
     /// These pieces.
     pub const fn new(list: Vec<Segment>) -> Self {

@@ -168,7 +168,6 @@ impl<D: Virtio> Engine<D> {
 
     /// The driver is ready.
     pub(super) fn start(&mut self, features: u64, setups: &[Setup]) {
-        self.device.accept(features);
         self.rings.start(features, setups);
         self.world_due = true;
     }
@@ -180,7 +179,6 @@ impl<D: Virtio> Engine<D> {
         queues: &[(Setup, Position)],
         broken: bool,
     ) -> Result<(), &'static str> {
-        self.device.accept(features);
         self.rings.go_on(features, queues, broken)
     }
 
@@ -200,7 +198,9 @@ impl<D: Virtio> Engine<D> {
 
     /// Change places with `other`, which was built apart, but keep this engine's interrupt.
     pub(super) fn replace(&mut self, other: &mut Self, interrupt: Arc<Interrupt>) {
+        // What this device has out comes back to it, not to the other.
         self.device.quiesce();
+        self.device.reset();
         std::mem::swap(self, other);
         self.rings.connect(interrupt);
     }

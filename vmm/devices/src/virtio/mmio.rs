@@ -202,6 +202,8 @@ impl<D: Virtio> Mmio<D> {
             && self.features_agree()
         {
             self.registers.status |= VIRTIO_CONFIG_S_FEATURES_OK;
+            let features = self.registers.driver_features;
+            lock(&self.engine).device_mut().accept(features);
         }
         if added & VIRTIO_CONFIG_S_DRIVER_OK != 0 && self.registers.has(VIRTIO_CONFIG_S_FEATURES_OK) {
             self.registers.status |= VIRTIO_CONFIG_S_DRIVER_OK;

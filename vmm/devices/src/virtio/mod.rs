@@ -21,6 +21,7 @@
 //! | [`testing`] | a driver that behaves, one that does not, and what to watch them with |
 //! | [`limiter`] | token buckets, for devices that may do only so much |
 //! | [`rng`] | entropy: the simplest device, to copy from |
+//! | [`block`] | disks |
 //!
 //! # Writing a device
 //!
@@ -67,6 +68,7 @@
 //! [`Ram`] marks what is written through it in a bitmap, because KVM's dirty log does not see it. There is no other way
 //! from here to guest memory, so no device can forget (docs/decisions/0016-devices-see-guest-memory.md).
 
+pub mod block;
 pub mod chain;
 pub mod engine;
 pub mod interrupt;
@@ -116,8 +118,8 @@ pub trait Virtio: Send + 'static {
     /// The feature bits of this device type that are offered. The transport adds its own.
     fn features(&self) -> u64;
 
-    /// The driver has settled for these features, its own bits and the transport's. Called before any work, again after a
-    /// restore, and never with a bit that was not offered.
+    /// The driver has settled for these features (`FEATURES_OK`), the device's and the transport's. Called before any work, again
+    /// when a device is restored, and never with a bit that was not offered.
     fn accept(&mut self, _features: u64) {}
 
     /// The configuration space, whole.
@@ -136,9 +138,9 @@ pub trait Virtio: Send + 'static {
         0
     }
 
-    /// Wait until the world touches guest memory no more, for any request that was handed over. The only method that may wait, and
-    /// only for that: the driver is about to use the memory for something else. What has ended is collected by the next
-    /// [`work`](Self::work) as ever.
+    /// Wait until every request that was handed over has come back from the world, and so no guest memory is touched any more. The
+    /// only method that may wait, and only for that: the driver is about to use the memory for something else. What has come
+    /// back is collected by the next [`work`](Self::work) as ever.
     fn quiesce(&mut self) {}
 
     /// Back to power-on: forget the driver and all it asked for. Called after [`quiesce`](Self::quiesce).
@@ -160,7 +162,8 @@ pub enum Cause {
     World,
 }
 
-/// When a device wants to be called again although nothing happens. Ordered: the sooner, the smaller.
+/// When a device wants to be called again although nothing happens. The newest answer replaces all before it. Ordered: the
+/// sooner, the smaller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Wake {
     /// There is more to do: as soon as the caller has looked at what else there is.

@@ -133,10 +133,16 @@ impl Rings {
         }
     }
 
-    /// Undo the last [`pop`](Self::pop) of this chain's queue: it will be the next again. Nothing may have been popped from that
+    /// Whether anybody waits for a chain: its driver has neither reset the device since, nor taken the queue out of use, nor broken it.
+    /// If not, its memory is somebody else's by now.
+    pub fn is_awaited(&mut self, token: Token) -> bool {
+        self.live && slot_of(&mut self.slots, self.generation, token).is_some()
+    }
+
+    /// Undo the last [`pop`](Self::pop) of a chain's queue: the chain will be the next again. Nothing may have been popped from that
     /// queue in between, and the device must come back by itself.
-    pub fn put_back(&mut self, chain: &Chain) {
-        if let Some(slot) = slot_of(&mut self.slots, self.generation, chain.token()) {
+    pub fn put_back(&mut self, chain: impl Into<Token>) {
+        if let Some(slot) = slot_of(&mut self.slots, self.generation, chain.into()) {
             slot.queue.go_to_previous_position();
             self.counters.chains = self.counters.chains.saturating_sub(1);
         }

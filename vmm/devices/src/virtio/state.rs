@@ -102,10 +102,13 @@ pub(super) fn decode<D: Virtio>(
     let status = registers.status;
     registers.status &= !VIRTIO_CONFIG_S_NEEDS_RESET;
     let strange = registers.driver_features & !offered;
-    if status & (VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK) != 0 && strange != 0 {
-        return Err(refused(format!(
-            "its driver uses features {strange:#x}, which are not offered here"
-        )));
+    if status & (VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK) != 0 {
+        if strange != 0 {
+            return Err(refused(format!(
+                "its driver uses features {strange:#x}, which are not offered here"
+            )));
+        }
+        engine.device_mut().accept(registers.driver_features);
     }
     if status & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
         let queues: Vec<_> = registers.queues.iter().copied().zip(positions).collect();

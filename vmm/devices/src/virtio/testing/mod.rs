@@ -4,9 +4,11 @@
 //! worker in one thread, so that a test is a sequence of calls. [`hostile`] does to a device what a guest or a peer could.
 //! Both are ordinary code and not behind a feature: fuzzing and the machine's tests use them, and nothing else pays.
 
+mod disk;
 mod driver;
 pub mod hostile;
 
+pub use disk::MemoryDisk;
 pub use driver::{Driver, Placed, RAM, Watch};
 
 /// Stamps out the conformance tests that every virtio device must pass, on top of
@@ -20,7 +22,9 @@ macro_rules! virtio_tests {
         mod $name {
             #[allow(unused_imports, reason = "the expressions use what their device's tests import")]
             use super::*;
-            use $crate::contract::{Device as _, Restore as _, RestoreError};
+            #[allow(unused_imports, reason = "their device's tests may have imported them, too")]
+            use $crate::contract::{Device as _, Restore as _};
+            use $crate::contract::RestoreError;
             use $crate::virtio::Mmio;
             use $crate::virtio::testing::{Driver, conformance, hostile};
 
