@@ -33,6 +33,14 @@ const VMX: u32 = 1 << 5;
 /// Leaf 0x80000001 ecx: nested SVM, likewise.
 const SVM: u32 = 1 << 2;
 /// Leaf 1 ecx.
+const CX16: u32 = 1 << 13;
+/// Leaf 7 ebx.
+const ERMS: u32 = 1 << 9;
+/// Leaf 7 ebx.
+const INVPCID: u32 = 1 << 10;
+/// Leaf 7 ebx.
+const SMAP: u32 = 1 << 20;
+/// Leaf 1 ecx.
 const TSC_DEADLINE: u32 = 1 << 24;
 /// Leaf 1 ecx: CR4.OSXSAVE, kept up to date by KVM.
 const OSXSAVE: u32 = 1 << 27;
@@ -97,6 +105,23 @@ impl Cpuid {
             }
         }
         cpuid
+    }
+
+    /// This table, as a host that emulates its guests' kernels serves them best: without what its emulator does not know
+    /// (each use leaves the guest), and without hypercalls, which a kernel there cannot make.
+    pub(crate) fn for_emulating_host(mut self) -> Self {
+        for leaf in &mut self.0 {
+            let [eax, ebx, ecx, _] = &mut leaf.registers;
+            match (leaf.function, leaf.index) {
+                (1, _) => *ecx &= !CX16,
+                // erms: "rep stosb" is done byte by byte.
+                (7, 0) => *ebx &= !(ERMS | INVPCID | SMAP),
+                // The clocks, and that they are stable (kvm/cpuid.rst).
+                (0x4000_0001, _) => *eax &= 1 | 1 << 3 | 1 << 24,
+                _ => {}
+            }
+        }
+        self
     }
 
     /// What a vCPU has, by KVM's word.

@@ -23,6 +23,8 @@
 //! | `memory` | guest memory: mapped once, copied from and to, never referred to |
 //! | `dirty` | harvesting: KVM's log joined with the VMM's own |
 //! | `gate`, `vcpu` | stop and go; one vCPU's thread and exits |
+//! | `emulate`, `fallback` | instructions that KVM's emulator does not know, on hosts that need it |
+//! | `counters` | what vCPUs left the guest for |
 //! | `state` | records: what travels beside memory, and in which order |
 //! | `cpuid` | what processor the guest sees, and whether another host can be it |
 //! | `board`, `output` | the devices in their places; console output held and released |
@@ -57,8 +59,11 @@ pub mod probe;
 mod acpi;
 mod board;
 mod boot;
+mod counters;
 mod cpuid;
 mod dirty;
+mod emulate;
+mod fallback;
 mod fate;
 mod gate;
 mod ioctls;
@@ -69,6 +74,7 @@ mod state;
 mod vcpu;
 
 pub use config::{MachineConfig, Shape, Sharing};
+pub use counters::{Counters, VcpuCounters};
 pub use error::Error;
 pub use fate::ExitReason;
 pub use machine::{Machine, MachineBuilder, Sinks};

@@ -30,6 +30,7 @@ use crate::acpi::Tables;
 use crate::board::Board;
 use crate::boot;
 use crate::config::{MachineConfig, Shape};
+use crate::counters::{Counters, Tally};
 use crate::cpuid::Cpuid;
 use crate::dirty::{DirtyBitmap, Tracker};
 use crate::error::Error;
@@ -56,6 +57,8 @@ pub struct Sinks {
 pub struct Machine {
     vm: Arc<VmFd>,
     vcpus: Vec<Arc<Mutex<Vcpu>>>,
+    /// One per vCPU.
+    tallies: Vec<Arc<Tally>>,
     /// Joined by `drop`, before anything else of the machine goes.
     threads: Vec<JoinHandle<()>>,
     gate: Arc<Gate>,
@@ -152,6 +155,13 @@ impl Machine {
         self.memory.write(at, bytes)
     }
 
+    /// What its vCPUs left the guest for since the machine was built.
+    pub fn counters(&self) -> Counters {
+        Counters {
+            vcpus: self.tallies.iter().map(|tally| tally.read()).collect(),
+        }
+    }
+
     fn assemble(plan: &Plan<'_>, sinks: Sinks) -> Result<Self, Error> {
         let kvm = probe::open_kvm()?;
         let cpus = plan.shape.cpus();
@@ -186,6 +196,7 @@ impl Machine {
         let mut machine = Self {
             tracker: Tracker::new(Box::new(log), memory.space()),
             vm,
+            tallies: vcpus.iter().map(|_| Arc::default()).collect(),
             vcpus,
             threads: Vec::new(),
             gate,
@@ -200,8 +211,8 @@ impl Machine {
             memory,
         };
         // From here on, whatever fails, `drop` ends the threads already started.
-        for vcpu in &machine.vcpus {
-            machine.threads.push(machine.start_thread(vcpu)?);
+        for (vcpu, tally) in machine.vcpus.iter().zip(&machine.tallies) {
+            machine.threads.push(machine.start_thread(vcpu, tally)?);
         }
         Ok(machine)
     }
@@ -214,7 +225,7 @@ impl Machine {
         }
     }
 
-    fn start_thread(&self, vcpu: &Arc<Mutex<Vcpu>>) -> Result<JoinHandle<()>, Error> {
+    fn start_thread(&self, vcpu: &Arc<Mutex<Vcpu>>, tally: &Arc<Tally>) -> Result<JoinHandle<()>, Error> {
         let (index, page) = {
             let vcpu = lock(vcpu);
             (vcpu.index, Arc::new(RunPage::map(&vcpu.fd)?))
@@ -225,6 +236,8 @@ impl Machine {
             board: self.board.clone(),
             fate: self.fate.clone(),
             memory: self.memory.clone(),
+            host: self.host.clone(),
+            tally: tally.clone(),
         };
         std::thread::Builder::new()
             .name(format!("vcpu/{index}"))
@@ -446,9 +459,15 @@ fn give_cpu(kvm: &Kvm, vm: &VmFd, vcpus: &[Arc<Mutex<Vcpu>>], plan: &Plan<'_>) -
     }
     let host = Host::learn(kvm, vm, &first.fd, possible.cpuid)?;
     drop(first);
+    let emulating = plan.cpu.is_none() && probe::emulates_kernels(kvm);
+    let shown = if emulating {
+        supported.for_emulating_host()
+    } else {
+        supported
+    };
     let (tsc_khz, cpuid) = plan
         .cpu
-        .map_or((possible.tsc_khz, &supported), |cpu| (cpu.tsc_khz, &cpu.cpuid));
+        .map_or((possible.tsc_khz, &shown), |cpu| (cpu.tsc_khz, &cpu.cpuid));
     for vcpu in vcpus {
         let Vcpu {
             index, fd, processor, ..

@@ -2,9 +2,11 @@
 //!
 //! Nothing here is assumed from a processor's name or a kernel's version: each answer comes from asking or doing.
 
+use std::arch::x86_64::__cpuid;
 use std::fmt;
 use std::io::ErrorKind;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use kvm_bindings::{
     KVM_API_VERSION, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
@@ -185,6 +187,20 @@ fn try_userfaultfd() -> Userfaultfd {
         Err(error) if userfaultfd_features(true).is_err() => Userfaultfd::No(error.to_string()),
         Err(_) => Userfaultfd::UserModeOnly,
     }
+}
+
+/// Whether this host emulates its guests' kernels; asked once per process.
+///
+/// Trying takes a VM of its own, so it is tried only where the processor shows neither VMX nor SVM: then KVM must have
+/// another way, and emulation is one.
+pub(crate) fn emulates_kernels(kvm: &Kvm) -> bool {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| {
+        const VMX: u32 = 1 << 5;
+        const SVM: u32 = 1 << 2;
+        let has = __cpuid(1).ecx & VMX != 0 || __cpuid(0x8000_0001).ecx & SVM != 0;
+        !has && matches!(try_ring0(kvm), Ok(Ring0::Emulated))
+    })
 }
 
 /// Run `popcnt` in ring 0 of a throwaway VM: KVM's emulator does not know it, every processor does.

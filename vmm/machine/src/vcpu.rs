@@ -28,12 +28,14 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, unblock_signal};
 
 use crate::board::Board;
+use crate::counters::{Exit, Tally};
 use crate::error::Error;
+use crate::fallback;
 use crate::fate::{ExitReason, Fate};
 use crate::gate::{Gate, Kick, Next};
 use crate::ioctls::thread_id;
 use crate::memory::Memory;
-use crate::state::vcpu::Processor;
+use crate::state::vcpu::{Host, Processor};
 
 /// A vCPU and which one it is.
 pub(crate) struct Vcpu {
@@ -51,8 +53,11 @@ pub(crate) struct Thread {
     pub(crate) gate: Arc<Gate>,
     pub(crate) board: Arc<Board>,
     pub(crate) fate: Arc<Fate>,
-    /// Not touched here: held so that guest memory lives as long as a vCPU that may write to it.
+    /// Held so that guest memory lives as long as a vCPU that may write to it; touched only for an instruction that KVM
+    /// cannot emulate.
     pub(crate) memory: Arc<Memory>,
+    pub(crate) host: Host,
+    pub(crate) tally: Arc<Tally>,
 }
 
 /// Our own mapping of the page KVM and a vCPU talk through.
@@ -166,9 +171,13 @@ impl Thread {
         let exit = match vcpu.fd.run() {
             Ok(exit) => exit,
             // Interrupted; or an application processor that was still waiting to be started.
-            Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => return Pending::No,
+            Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => {
+                self.tally.exit(Exit::Interrupted);
+                return Pending::No;
+            }
             Err(error) => return self.fault(vcpu, &format!("KVM_RUN failed: {error}")),
         };
+        self.tally.exit(kind_of(&exit));
         match exit {
             VcpuExit::IoOut(port, data) => {
                 for access in data.chunks(page.port_access_bytes().max(1)) {
@@ -193,10 +202,7 @@ impl Thread {
             VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => Pending::No,
             VcpuExit::Shutdown => self.fault(vcpu, "triple fault"),
             VcpuExit::SystemEvent(event, _) => self.system_event(vcpu, event),
-            VcpuExit::InternalError => {
-                let text = internal_error(&mut vcpu.fd);
-                self.fault(vcpu, &text)
-            }
+            VcpuExit::InternalError => self.internal_error(vcpu),
             VcpuExit::FailEntry(reason, cpu) => self.fault(
                 vcpu,
                 &format!("the processor refused to enter the guest: reason {reason:#x} on cpu {cpu}"),
@@ -222,6 +228,27 @@ impl Thread {
         Pending::No
     }
 
+    /// KVM_EXIT_INTERNAL_ERROR: an instruction it cannot emulate is done here, if it is one of those that can be.
+    fn internal_error(&self, vcpu: &mut Vcpu) -> Pending {
+        let internal = Internal::of(&mut vcpu.fd);
+        if internal.suberror != fallback::EMULATION {
+            return self.fault(vcpu, &internal.to_string());
+        }
+        match fallback::emulate(&vcpu.fd, &self.memory, &self.host, &internal) {
+            Ok(instruction) => {
+                if self.tally.emulated(instruction) {
+                    tracing::debug!(
+                        vcpu = vcpu.index,
+                        instruction = instruction.name(),
+                        "emulated what KVM cannot"
+                    );
+                }
+                Pending::No
+            }
+            Err(why) => self.fault(vcpu, &why),
+        }
+    }
+
     /// The guest cannot go on.
     fn fault(&self, vcpu: &Vcpu, what: &str) -> Pending {
         let at = vcpu
@@ -234,26 +261,55 @@ impl Thread {
     }
 }
 
+const fn kind_of(exit: &VcpuExit<'_>) -> Exit {
+    match exit {
+        VcpuExit::IoIn(..) => Exit::PortRead,
+        VcpuExit::IoOut(..) => Exit::PortWrite,
+        VcpuExit::MmioRead(..) => Exit::MmioRead,
+        VcpuExit::MmioWrite(..) => Exit::MmioWrite,
+        VcpuExit::Intr | VcpuExit::IrqWindowOpen => Exit::Interrupted,
+        VcpuExit::Hlt => Exit::Halt,
+        VcpuExit::SystemEvent(..) => Exit::SystemEvent,
+        VcpuExit::InternalError => Exit::Emulation,
+        _ => Exit::Other,
+    }
+}
+
 /// What KVM says with KVM_EXIT_INTERNAL_ERROR.
-fn internal_error(fd: &mut VcpuFd) -> String {
-    let run = fd.get_kvm_run();
-    // SAFETY: every member of the union is plain integers, and KVM has just filled in this one: the exit reason is
-    // KVM_EXIT_INTERNAL_ERROR, or we would not be here.
-    let internal = unsafe { run.__bindgen_anon_1.internal };
-    let words = usize::try_from(internal.ndata)
-        .unwrap_or(usize::MAX)
-        .min(internal.data.len());
-    let kind = match internal.suberror {
-        1 => "KVM could not emulate an instruction",
-        2 => "KVM met two events at once",
-        3 => "KVM met an exception while delivering an event",
-        _ => "KVM met an error of its own",
-    };
-    format!(
-        "{kind}: suberror {}, data {:x?}",
-        internal.suberror,
-        &internal.data[..words]
-    )
+pub(crate) struct Internal {
+    pub(crate) suberror: u32,
+    count: usize,
+    words: [u64; 16],
+}
+
+impl Internal {
+    fn of(fd: &mut VcpuFd) -> Self {
+        let run = fd.get_kvm_run();
+        // SAFETY: every member of the union is plain integers, and KVM has just filled in this one: the exit reason is
+        // KVM_EXIT_INTERNAL_ERROR, or we would not be here.
+        let internal = unsafe { run.__bindgen_anon_1.internal };
+        Self {
+            suberror: internal.suberror,
+            count: usize::try_from(internal.ndata).unwrap_or(usize::MAX),
+            words: internal.data,
+        }
+    }
+
+    /// What comes with it.
+    pub(crate) fn data(&self) -> &[u64] {
+        &self.words[..self.count.min(self.words.len())]
+    }
+}
+
+impl fmt::Display for Internal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.suberror {
+            2 => "KVM met two events at once",
+            3 => "KVM met an exception while delivering an event",
+            _ => "KVM met an error of its own",
+        };
+        write!(f, "{kind}: suberror {}, data {:x?}", self.suberror, self.data())
+    }
 }
 
 /// Lock a vCPU. Its state is KVM's and whole after every call, so a panic elsewhere does not spoil it.

@@ -86,6 +86,53 @@ impl Host {
     fn xsave(&self) -> Xsave {
         Xsave::new(self.xsave_extra).expect("a few KiB, as the kernel says")
     }
+
+    /// A stopped vCPU's vector and x87 state.
+    pub(crate) fn read_xsave(&self, vcpu: &VcpuFd) -> Result<XsaveArea, Error> {
+        read_xsave(vcpu, self).map(XsaveArea)
+    }
+
+    /// Change a stopped vCPU's vector and x87 state.
+    pub(crate) fn change_xsave(&self, vcpu: &VcpuFd, change: impl FnOnce(&mut XsaveArea)) -> Result<(), Error> {
+        let mut area = self.read_xsave(vcpu)?;
+        change(&mut area);
+        write_xsave(vcpu, self, &area.0)
+    }
+}
+
+/// An XSAVE area in the standard format (SDM volume 1, 13.4).
+pub(crate) struct XsaveArea(Vec<u32>);
+
+impl XsaveArea {
+    const MXCSR: usize = 24 / 4;
+    const XSTATE_BV: usize = 512 / 4;
+    const X87: u32 = 1;
+    const SSE: u32 = 2;
+    const INITIAL_MXCSR: u32 = 0x1f80;
+
+    pub(crate) fn mxcsr(&self) -> u32 {
+        self.0[Self::MXCSR]
+    }
+
+    /// Set MXCSR, and have it loaded: it is not, where the area says that all of SSE is as after a reset.
+    pub(crate) fn set_mxcsr(&mut self, value: u32) {
+        if self.0[Self::XSTATE_BV] & Self::SSE == 0 {
+            // What was not saved is zero.
+            self.0[160 / 4..416 / 4].fill(0);
+        }
+        self.0[Self::MXCSR] = value;
+        if value != Self::INITIAL_MXCSR {
+            self.0[Self::XSTATE_BV] |= Self::SSE;
+        }
+    }
+
+    /// Mark all x87 registers empty. After a reset they are.
+    pub(crate) fn empty_x87(&mut self) {
+        if self.0[Self::XSTATE_BV] & Self::X87 != 0 {
+            // The abridged tag word is byte 4.
+            self.0[1] &= !0xff;
+        }
+    }
 }
 
 fn readable_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<u32>, Error> {
@@ -194,7 +241,7 @@ impl VcpuState {
             .map_err(Error::kvm("restore special registers"))?;
         vcpu.set_xcrs(&self.xcrs)
             .map_err(Error::kvm("restore extended control registers"))?;
-        self.write_xsave(vcpu, host)?;
+        write_xsave(vcpu, host, &self.xsave)?;
         vcpu.set_debug_regs(&self.debugregs)
             .map_err(Error::kvm("restore debug registers"))?;
         vcpu.set_lapic(&self.lapic).map_err(Error::kvm("restore a LAPIC"))?;
@@ -311,19 +358,6 @@ impl VcpuState {
         })
     }
 
-    fn write_xsave(&self, vcpu: &VcpuFd, host: &Host) -> Result<(), Error> {
-        let mut area = host.xsave();
-        let (head, tail) = self.xsave.split_at(XSAVE_WORDS);
-        area.as_mut_slice()
-            .iter_mut()
-            .zip(tail)
-            .for_each(|(place, word)| *place = *word);
-        // SAFETY: only the area's fixed part is written; its length, which the wrapper relies on, is not touched.
-        unsafe { area.as_mut_fam_struct() }.xsave.region.copy_from_slice(head);
-        // SAFETY: KVM reads as much as KVM_CAP_XSAVE2 says, and `host.xsave()` made the area that long.
-        unsafe { vcpu.set_xsave2(&area) }.map_err(Error::kvm("restore the XSAVE area"))
-    }
-
     /// All in one call; where KVM stops, that one is skipped with a warning. An MSR this host cannot set is, for all we
     /// know, one this guest does not use: what it does use and cannot have was refused by CPUID.
     fn write_msrs(&self, vcpu: &VcpuFd) -> Result<(), Error> {
@@ -362,6 +396,25 @@ fn read_xsave(vcpu: &VcpuFd, host: &Host) -> Result<Vec<u32>, Error> {
     let mut words = area.as_fam_struct_ref().xsave.region.to_vec();
     words.extend_from_slice(area.as_slice());
     Ok(words)
+}
+
+/// Write an XSAVE area, at least its fixed part long.
+fn write_xsave(vcpu: &VcpuFd, host: &Host, words: &[u32]) -> Result<(), Error> {
+    let mut area = host.xsave();
+    let (head, tail) = words.split_at(XSAVE_WORDS);
+    area.as_mut_slice()
+        .iter_mut()
+        .zip(tail)
+        .for_each(|(place, word)| *place = *word);
+    // SAFETY: only the area's fixed part is written; its length, which the wrapper relies on, is not touched.
+    unsafe { area.as_mut_fam_struct() }.xsave.region.copy_from_slice(head);
+    // SAFETY: KVM reads as much as KVM_CAP_XSAVE2 says, and `host.xsave()` made the area that long.
+    unsafe { vcpu.set_xsave2(&area) }.map_err(Error::kvm("restore the XSAVE area"))
+}
+
+/// One MSR, if it can be read.
+pub(crate) fn read_msr(vcpu: &VcpuFd, index: u32) -> Result<Option<u64>, Error> {
+    Ok(read_msrs(vcpu, &[index])?.first().map(|msr| msr.data))
 }
 
 /// All MSRs in one call, and those behind one that has become unreadable in further calls.
