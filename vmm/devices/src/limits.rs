@@ -18,7 +18,7 @@ pub const CHAIN_SEGMENTS: usize = 1024;
 
 /// Chains a device takes in one call, so that whoever calls can look up in between: a driver may refill its queue as fast as it
 /// is emptied.
-pub const CHAINS_PER_CALL: u32 = 256;
+pub const CHAINS_PER_CALL: u32 = 128;
 
 /// Random bytes put into one chain. A driver that asks for more gets this much, which the device may do (virtio 1.2, Entropy
 /// Device, Device Operation).

@@ -78,6 +78,8 @@ pub mod rings;
 pub mod rng;
 mod state;
 pub mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 
