@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use vm_memory::GuestAddress;
 
-use umbra_units::Now;
+use umbra_units::{Malformed, Now, Reader, Writer};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_GET_ID;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
@@ -18,8 +18,8 @@ use super::block::{self, Block, Geometry};
 use super::limiter::Limits;
 use super::rng::{self, Entropy, Rng};
 use super::testing::{Driver, MemoryDisk};
-use super::{Wake, bit};
-use crate::contract::Device as _;
+use super::{Cause, Mmio, Rings, Token, Virtio, Wake, bit};
+use crate::contract::{Device as _, Restore as _};
 use crate::limits::{CHAIN_SEGMENTS, CHAINS_PER_CALL};
 
 struct Ones;
@@ -52,6 +52,57 @@ fn held_disk() -> (Arc<MemoryDisk>, Driver<Block>) {
     (disk, driver)
 }
 
+/// A device that keeps chains until the world moves, and does not forget them when it is reset.
+struct Keeper(Vec<Token>);
+
+impl Virtio for Keeper {
+    const ID: u32 = 63;
+    const VERSION: u32 = 1;
+    type Wiring = ();
+
+    fn new((): ()) -> Self {
+        Self(Vec::new())
+    }
+
+    fn kind(&self) -> &str {
+        "keeper/0"
+    }
+
+    fn queues(&self) -> Vec<u16> {
+        vec![8]
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn work(&mut self, _now: Now, cause: Cause, rings: &mut Rings) -> Wake {
+        match cause {
+            Cause::World => self.0.drain(..).for_each(|token| rings.push(token, 0)),
+            Cause::Notified(queue) => self
+                .0
+                .extend(std::iter::from_fn(|| rings.pop(queue)).map(|chain| chain.token())),
+        }
+        Wake::Idle
+    }
+
+    fn reset(&mut self) {}
+
+    fn save(&self, w: &mut Writer) {
+        w.u8(u8::try_from(self.0.len()).unwrap());
+        for token in &self.0 {
+            w.u16(token.head());
+        }
+    }
+
+    fn load(&mut self, r: &mut Reader<'_>) -> Result<(), Malformed> {
+        for _ in 0..r.u8("chains")? {
+            self.0.push(Token::held(0, r.u16("head")?));
+        }
+        Ok(())
+    }
+}
+
 /// A request that a disk answers at once.
 fn add_get_id(driver: &mut Driver<Block>) {
     let mut header = [0; 16];
@@ -67,13 +118,16 @@ const NEXT: u32 = VRING_DESC_F_NEXT;
 const WRITE: u32 = VRING_DESC_F_WRITE;
 const INDIRECT: u32 = VRING_DESC_F_INDIRECT;
 
+/// An address, a length and flags, and the next descriptor.
+type Descriptor = ((GuestAddress, u32, u16), u16);
+
 #[test]
 fn a_chain_that_is_not_well_formed_is_given_back_unread_and_the_next_is_served() {
     let at = GuestAddress(0x9_0000);
     let write_next = flags(&[WRITE, NEXT]);
     let piece = |flags| (at, 16, flags);
     // Descriptors from number 32 on, and what is wrong with the chain that begins there.
-    let broken: [(&str, &[((GuestAddress, u32, u16), u16)]); 8] = [
+    let broken: [(&str, &[Descriptor]); 8] = [
         ("loops", &[(piece(write_next), 32)]),
         ("leaves the table", &[(piece(write_next), 64)]),
         ("writes before it reads", &[(piece(write_next), 33), (piece(0), 0)]),
@@ -347,4 +401,57 @@ fn whoever_works_for_a_device_works_for_the_one_that_takes_its_place() {
     work.notified(0, Now::ZERO);
     assert!(driver.used(0).is_some());
     assert_eq!(work.kind(), "rng/0");
+}
+
+#[test]
+fn an_answer_for_a_driver_of_a_former_life_goes_nowhere() {
+    let mut driver = Driver::<Keeper>::at_work(());
+    let add = |driver: &mut Driver<Keeper>| {
+        driver.add(0, &[], &[8]);
+        driver.mmio.work().notified(0, Now::ZERO);
+    };
+    // The look at the world that every start begins with.
+    driver.world();
+    add(&mut driver);
+    driver.mmio.engine().lock().unwrap().reset();
+    let kept = driver.mmio.engine().lock().unwrap().device().0.len();
+    assert!(driver.negotiate(u64::MAX));
+    driver.set_up_queues();
+    driver.ready();
+    assert_eq!((kept, driver.world(), driver.used(0)), (1, Wake::Idle, None));
+    add(&mut driver);
+    driver.world();
+    assert!(driver.used(0).is_some());
+}
+
+#[test]
+fn chains_that_a_device_holds_travel() {
+    let mut driver = Driver::<Keeper>::at_work(());
+    driver.world();
+    let placed = driver.add(0, &[], &[8]);
+    driver.mmio.work().notified(0, Now::ZERO);
+    driver.mmio.pause();
+    let saved = driver.mmio.save().unwrap();
+    let twin = Mmio::restore(&saved, driver.wiring()).unwrap();
+    driver.mmio.take_over(twin);
+    driver.mmio.resume();
+    assert_eq!(driver.used(0), None);
+    driver.world();
+    assert_eq!(driver.used(0), Some((placed.head, 0)));
+}
+
+#[test]
+fn a_paused_device_that_is_busy_collects_and_takes_nothing_new() {
+    let (disk, mut driver) = held_disk();
+    let first = driver.add(0, &[&[0; 16]], &[512, 1]);
+    driver.kick(0);
+    driver.mmio.pause();
+    driver.add(0, &[&[0; 16]], &[512, 1]);
+    disk.release(&mut umbra_units::Rng::new(1));
+    driver.kick(0);
+    driver.world();
+    assert_eq!((driver.used(0), disk.held()), (Some((first.head, 513)), 0));
+    driver.mmio.resume();
+    driver.run();
+    assert_eq!(disk.held(), 1);
 }
