@@ -98,6 +98,7 @@ fn api() -> OpenApiRouter<Arc<Vm>> {
 }
 
 /// What `docs/openapi.json` holds, and `GET /api/v1/openapi.json` answers.
+#[cfg(test)]
 pub(crate) fn description() -> openapi::OpenApi {
     api().into_openapi()
 }
@@ -203,7 +204,7 @@ async fn cancel(State(vm): State<Arc<Vm>>) -> Response {
 enum Done {
     /// Done
     #[response(status = NO_CONTENT)]
-    Done,
+    Carried,
     /// The request is wrong
     #[response(status = BAD_REQUEST)]
     Malformed(#[to_schema] ErrorAnswer),
