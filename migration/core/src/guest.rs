@@ -10,7 +10,7 @@
 //!   harvest, read_pages … (running) ────────────▶ apply_pages …
 //!   pause
 //!   harvest, save, harvest, read_pages ─────────▶ apply_pages, restore
-//!   (gives up)  ────────────── go ──────────────▶ resume
+//!   give_up     ────────────── go ──────────────▶ resume
 //! ```
 //!
 //! # Dirty pages across failed attempts
@@ -150,7 +150,7 @@ pub trait Guest: Send + Sync {
     /// under way are complete, and appear in the next harvest.
     fn pause(&self) -> Result<(), GuestError>;
 
-    /// Let a paused or restored guest run.
+    /// Let a paused or restored guest run. A guest whose disks are locked by somebody else does not run: that is an error.
     fn resume(&self) -> Result<(), GuestError>;
 
     /// The state of everything but the spaces, of a paused guest. Saving may itself write to guest memory: harvest
@@ -160,6 +160,12 @@ pub trait Guest: Send + Sync {
     /// Take on saved state, on a guest that is not running. All or nothing: after an error the guest may be restored
     /// again, never run.
     fn restore(&self, records: &[StateRecord]) -> Result<(), GuestError>;
+
+    /// The guest, which is paused, is about to be somebody else's: let go of what only one host may hold (locks of disk
+    /// images), so that the shadow can take hold of it. Called before anybody is told that the guest was given up, and
+    /// so must neither wait nor fail. Until the next [`resume`](Self::resume) nothing here touches what was let go of; that
+    /// `resume`, if the guest ever comes back, takes hold again, and refuses if it cannot.
+    fn give_up(&self) {}
 
     /// Keep what the guest sends to the outside (packets, console bytes) instead of releasing it.
     fn hold_output(&self);

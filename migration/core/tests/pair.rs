@@ -32,6 +32,8 @@ struct Inner {
     dirty: Vec<u64>,
     number: u8,
     running: bool,
+    /// What only one host may hold.
+    holds_disks: bool,
     /// Saving writes this page, as a device that updates its ring does.
     writes_while_saving: Option<u64>,
     fail_restore: bool,
@@ -59,6 +61,10 @@ impl Toy {
 
     fn memory(&self) -> Vec<u8> {
         self.inner.lock().unwrap().memory.clone()
+    }
+
+    fn holds_disks(&self) -> bool {
+        self.inner.lock().unwrap().holds_disks
     }
 
     fn runs(&self) -> bool {
@@ -130,7 +136,12 @@ impl Guest for Toy {
             return Err(GuestError::Host("no vCPUs today".to_owned()));
         }
         inner.running = true;
+        inner.holds_disks = true;
         Ok(())
+    }
+
+    fn give_up(&self) {
+        self.inner.lock().unwrap().holds_disks = false;
     }
 
     fn save(&self) -> Result<Vec<StateRecord>, GuestError> {
@@ -180,7 +191,7 @@ struct Pair {
 impl Pair {
     fn new(pages: u64) -> Self {
         let (here, there) = (Toy::new(pages), Toy::new(pages));
-        here.inner.lock().unwrap().running = true;
+        here.resume().unwrap();
         here.inner.lock().unwrap().number = 42;
         let spaces = here.spaces();
         let ids = (GuestId([1; 16]), SessionId([2; 16]), Term(1));
@@ -235,6 +246,9 @@ impl Pair {
         while let Some(output) = self.source.poll_output() {
             any = true;
             match output {
+                source::Output::Send(Message::Go { .. }) if self.here.holds_disks() => {
+                    panic!("the shadow may run, and the disks are still held here")
+                }
                 source::Output::Send(message) if (self.lose)(&message) => {}
                 source::Output::Send(message) => self.to_shadow.push_back(message.encode()),
                 source::Output::Do(step) => self.source_step(step),
@@ -260,6 +274,7 @@ impl Pair {
                 self.source.handle_audited(self.now, &differing);
             }
             Step::Resume => self.here.resume().unwrap(),
+            Step::GiveUp => self.here.give_up(),
             Step::Untrack(debt) => self.here.put_back(&debt),
         }
     }
@@ -442,6 +457,25 @@ fn a_shadow_that_cannot_start_hands_the_guest_back() {
     };
     assert_eq!(*term, Term(3), "the shadow's term is void");
     assert!(text.contains("no vCPUs today"), "{text}");
+}
+
+#[test]
+fn the_disks_are_let_go_of_before_the_shadow_may_run() {
+    // That it holds at the very moment is asserted wherever a source says "go".
+    let mut pair = Pair::new(50);
+    pair.run_for(Duration::from_secs(1));
+    assert!(pair.here.holds_disks());
+    switchover(&mut pair, SwitchoverOptions::default());
+    assert!(!pair.here.holds_disks() && pair.there.holds_disks());
+}
+
+#[test]
+fn a_guest_that_is_handed_back_takes_hold_of_its_disks_again() {
+    let mut pair = Pair::new(50);
+    pair.run_for(Duration::from_secs(1));
+    pair.there.inner.lock().unwrap().fail_resume = true;
+    switchover(&mut pair, SwitchoverOptions::default());
+    assert!(pair.here.runs() && pair.here.holds_disks());
 }
 
 #[test]

@@ -226,6 +226,7 @@ impl SourceEnd {
                 a.say(End::Source, "says", || brief(&message));
                 self.outbox.push_back(message.encode().into());
             }
+            source::Output::Do(source::Step::GiveUp) => self.guest.give_up(),
             source::Output::Do(step) => {
                 let to_encoder = a.conditions.two_workers && step == source::Step::Audit;
                 let work = SourceWork::Step(step, self.source.epoch());
@@ -417,6 +418,7 @@ impl SourceEnd {
                 guest.track(false)?;
                 SourceAnswer::Nothing
             }
+            source::Step::GiveUp => unreachable!("done at once, by whoever drives the source"),
         })
     }
 
@@ -778,6 +780,7 @@ impl ShadowEnd {
                 if resumed.is_ok() {
                     a.oracle.moments.push(Moment::Runs);
                     a.oracle.check_start(twin, self.restored);
+                    a.oracle.check_disks(twin);
                 }
                 self.ran |= resumed.is_ok();
                 a.say(End::Shadow, "resumed", || format!("{resumed:?}"));

@@ -100,6 +100,7 @@ struct Inner {
     /// The "registers": changes whenever the guest runs, so that an old state is told from a new one.
     ticks: u64,
     fail_next: bool,
+    holds_disks: bool,
     misuse: Option<String>,
     rng: Rng,
 }
@@ -147,6 +148,7 @@ impl FakeGuest {
             log_lost: false,
             ticks: 0,
             fail_next: false,
+            holds_disks: false,
             misuse: None,
             rng,
         };
@@ -185,6 +187,7 @@ impl FakeGuest {
             }
         }
         inner.life = Life::Running;
+        inner.holds_disks = true;
     }
 
     /// The next call that can fail will.
@@ -203,6 +206,11 @@ impl FakeGuest {
 
     pub(crate) fn is_running(&self) -> bool {
         self.life() == Life::Running
+    }
+
+    /// Whether it has what only one copy may have: from when it first ran until it was given up.
+    pub(crate) fn holds_disks(&self) -> bool {
+        self.lock().holds_disks
     }
 
     /// What somebody did that the contract forbids.
@@ -457,7 +465,16 @@ impl Guest for FakeGuest {
             inner.misused("resumed without state".to_owned());
         }
         inner.life = Life::Running;
+        inner.holds_disks = true;
         Ok(())
+    }
+
+    fn give_up(&self) {
+        let mut inner = self.lock();
+        if inner.life != Life::Paused {
+            inner.misused("given up while it was not paused".to_owned());
+        }
+        inner.holds_disks = false;
     }
 
     fn save(&self) -> Result<Vec<StateRecord>, GuestError> {

@@ -89,6 +89,14 @@ impl Oracle {
         }
     }
 
+    /// The shadow lets its twin run, which takes hold of the disks.
+    pub(crate) fn check_disks(&mut self, twin: &FakeGuest) {
+        let held = |(_, copy): &(Host, Arc<FakeGuest>)| !std::ptr::eq(&raw const **copy, twin) && copy.holds_disks();
+        if self.copies.iter().any(held) {
+            self.broken("one runner", "the shadow starts while another copy holds the disks");
+        }
+    }
+
     /// A copy runs in `term`, which `moved` there or was taken back.
     pub(crate) fn check_term(&mut self, term: Term, who: &str) {
         if term <= self.term {

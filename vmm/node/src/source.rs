@@ -219,6 +219,7 @@ enum Work {
 
 struct SourceTask {
     source: Source,
+    guest: Arc<dyn Guest>,
     sender: LinkSender,
     mouth: Mouth,
     guest_hand: Hand<Step>,
@@ -259,7 +260,8 @@ impl SourceTask {
         Ok(Self {
             source,
             guest_hand: start_guest_hand(Arc::clone(&guest), clock, answer.clone())?,
-            encode_hand: start_encode_hand(guest, encoder, sender.clone(), clock, answer)?,
+            encode_hand: start_encode_hand(Arc::clone(&guest), encoder, sender.clone(), clock, answer)?,
+            guest,
             mouth: Mouth::start(sender.clone()),
             sender,
             answers,
@@ -302,6 +304,8 @@ impl SourceTask {
                 match output {
                     Output::Send(message) => self.mouth.say(&message),
                     Output::Do(Step::Audit) => self.encode_hand.give(Work::Audit),
+                    // Here and now, not by the hand: what follows is "go".
+                    Output::Do(Step::GiveUp) => self.guest.give_up(),
                     Output::Do(step) => self.guest_hand.give(step),
                     Output::Event(event) => self.tell(event),
                     Output::End(outcome) => self.outcome = Some(outcome),
@@ -454,6 +458,7 @@ fn start_guest_hand(guest: Arc<dyn Guest>, clock: Clock, answers: Answers<Answer
                 guest.track(false).map(|()| None)
             }
             Step::Audit => unreachable!("audits go to the encoding hand, which has the table"),
+            Step::GiveUp => unreachable!("done by the task itself"),
         };
         done.unwrap_or_else(|error| Some(Answer::Failed(error.into())))
     })

@@ -78,6 +78,9 @@ pub enum Step {
     Save,
     /// Compare the paused guest's memory with what was shipped. Answer: [`Source::handle_audited`].
     Audit,
+    /// Call [`Guest::give_up`](crate::guest::Guest::give_up), at once and before any later output is acted on: the next one
+    /// lets the shadow run the guest. Every earlier step has been answered. No answer.
+    GiveUp,
     /// Let the guest run. No answer: failing to resume is the host's end, and the node says so.
     Resume,
     /// Stop recording writes, and give these pages back: nobody took care of them.

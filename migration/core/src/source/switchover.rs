@@ -465,6 +465,9 @@ impl Source {
         self.term = self.term.next();
         let (epoch, term) = (self.epoch, self.term);
         self.outputs.push_back(Output::Event(Event::GaveUp { epoch, term }));
+        // Before "go": the shadow takes hold of the disks as soon as it hears it.
+        // covered by: the_disks_are_let_go_of_before_the_shadow_may_run
+        self.outputs.push_back(Output::Do(Step::GiveUp));
         self.outputs.push_back(Output::Send(Message::Go { epoch, term }));
     }
 
