@@ -10,6 +10,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use umbra_quic::{ListenSpec, PathSpec};
 use umbra_units::Bytes;
 
+use crate::devices::DeviceArgs;
 use crate::limits;
 use crate::units::{self, BadValue, Fields};
 
@@ -101,6 +102,8 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = Memory::SYNTAX, value_parser = Memory::parse, default_value = "size=256M,shared=on")]
     pub(crate) memory: Memory,
     #[command(flatten)]
+    pub(crate) devices: DeviceArgs,
+    #[command(flatten)]
     pub(crate) process: ProcessArgs,
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
@@ -118,6 +121,8 @@ pub(crate) struct ShadowArgs {
     /// A source that may come: its certificate file or fingerprint
     #[arg(long = "peer", value_name = "FILE|FINGERPRINT", required = true)]
     pub(crate) peers: Vec<String>,
+    #[command(flatten)]
+    pub(crate) devices: DeviceArgs,
     #[command(flatten)]
     pub(crate) process: ProcessArgs,
     #[command(flatten)]
@@ -221,7 +226,7 @@ pub(crate) struct MigrateArgs {
 }
 
 /// How much is compared in a switchover.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Verify {
     /// The digest over the hashes of everything sent.
@@ -416,7 +421,7 @@ pub(crate) struct Follow {
 }
 
 /// When batches are compressed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, utoipa::ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Compression {
     /// When the link is slower than the processor.

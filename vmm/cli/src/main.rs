@@ -30,6 +30,7 @@ mod config;
 mod console;
 mod control;
 mod demo;
+mod devices;
 mod doctor;
 mod events;
 mod exit;

@@ -39,6 +39,7 @@ fn config(args: &RunArgs) -> Result<MachineConfig, Failure> {
     };
     let mut config = MachineConfig::new(&args.kernel, args.cpus.0, args.memory.size)?
         .with_sharing(sharing)
+        .with_devices(args.devices.devices())?
         .with_cmdline(args.cmdline.clone())?;
     if let Some(initrd) = &args.initrd {
         config = config.with_initrd(initrd);

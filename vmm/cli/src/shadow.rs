@@ -23,7 +23,7 @@ pub(crate) fn shadow(args: &ShadowArgs) -> Result<Code, Failure> {
     umbra_machine::probe()?;
     let process = Process::new(&args.process)?;
     let twin = Twin::default();
-    let builder = builder(args, &process, &twin);
+    let builder = builder(args, &process, &twin)?;
     let runtime = process::runtime()?;
     let code = runtime.block_on(async {
         let config = ListenConfig {
@@ -54,13 +54,14 @@ pub(crate) fn shadow(args: &ShadowArgs) -> Result<Code, Failure> {
     code
 }
 
-fn builder(args: &ShadowArgs, process: &Process, twin: &Twin) -> MachineBuilder {
+fn builder(args: &ShadowArgs, process: &Process, twin: &Twin) -> Result<MachineBuilder, Failure> {
     let (vm, console, twin) = (Arc::clone(&process.vm), Arc::clone(&process.console), Arc::clone(twin));
     let builder = Machine::builder(move || Process::sinks(&console, &vm)).on_build(move |machine| {
         *twin.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(machine);
     });
-    match args.memory_limit {
+    let builder = builder.with_devices(args.devices.devices())?;
+    Ok(match args.memory_limit {
         Some(limit) => builder.with_memory_most(limit),
         None => builder,
-    }
+    })
 }

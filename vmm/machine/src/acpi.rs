@@ -49,7 +49,6 @@ pub(crate) struct Tables<'a> {
 
 /// Where a virtio device answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(dead_code, reason = "a board without virtio devices has none")]
 pub(crate) struct MmioWindow {
     pub(crate) base: u32,
     pub(crate) len: u32,

@@ -4,6 +4,8 @@
 //! [`MachineConfig`] need not check again. Whether the *host* can provide it (enough memory, the kernel file) is found
 //! out by building it.
 
+pub mod devices;
+
 use std::path::{Path, PathBuf};
 
 use umbra_devices::FaultPlan;
@@ -11,6 +13,7 @@ use umbra_units::{Bytes, PAGE_SIZE, PageCount, Pfn, SpaceId};
 
 use umbra_core::guest::Space;
 
+use self::devices::Devices;
 use crate::boot::Source;
 use crate::error::Error;
 use crate::limits;
@@ -22,6 +25,8 @@ pub struct MachineConfig {
     initrd: Option<PathBuf>,
     cmdline: String,
     shape: Shape,
+    /// Always [complete](Devices::complete).
+    devices: Devices,
     fault: Option<FaultPlan>,
 }
 
@@ -62,6 +67,7 @@ impl MachineConfig {
             initrd: None,
             cmdline: String::new(),
             shape,
+            devices: Devices::default(),
             fault: None,
         })
     }
@@ -88,6 +94,12 @@ impl MachineConfig {
     pub fn with_initrd(mut self, initrd: impl Into<PathBuf>) -> Self {
         self.initrd = Some(initrd.into());
         self
+    }
+
+    /// Give it these virtio devices, in place of any given before.
+    pub fn with_devices(mut self, devices: Devices) -> Result<Self, Error> {
+        self.devices = devices.complete()?;
+        Ok(self)
     }
 
     /// Keep guest memory like this.
@@ -130,6 +142,11 @@ impl MachineConfig {
             initrd: self.initrd.clone(),
             cmdline: self.cmdline.clone(),
         }
+    }
+
+    /// Its virtio devices, every disk and interface with an id.
+    pub const fn devices(&self) -> &Devices {
+        &self.devices
     }
 
     pub(crate) const fn fault(&self) -> Option<&FaultPlan> {

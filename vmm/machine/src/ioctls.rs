@@ -1,11 +1,13 @@
-//! Raw calls that kvm-ioctls 0.25 does not have.
+//! Raw calls that kvm-ioctls 0.25 and the standard library do not have.
 
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use kvm_bindings::{KVMIO, kvm_clear_dirty_log};
 use kvm_ioctls::VmFd;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
-use vmm_sys_util::ioctl_iowr_nr;
+use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iowr_nr};
 
 use crate::error::Error;
 
@@ -50,12 +52,12 @@ const UFFD_USER_MODE_ONLY: i32 = 1;
 ioctl_iowr_nr!(UFFDIO_API, 0xaa, 0x3f, UffdioApi);
 
 /// Try to make a userfaultfd; gives the features the kernel offers with it.
-pub(crate) fn userfaultfd_features(user_mode_only: bool) -> Result<u64, std::io::Error> {
+pub(crate) fn userfaultfd_features(user_mode_only: bool) -> Result<u64, io::Error> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | if user_mode_only { UFFD_USER_MODE_ONLY } else { 0 };
     // SAFETY: userfaultfd takes one integer and touches no memory of ours.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
     let Some(fd) = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0) else {
-        return Err(std::io::Error::last_os_error());
+        return Err(io::Error::last_os_error());
     };
     // SAFETY: the kernel just made this descriptor for us and nobody else knows it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
@@ -67,7 +69,98 @@ pub(crate) fn userfaultfd_features(user_mode_only: bool) -> Result<u64, std::io:
     // SAFETY: UFFDIO_API reads and writes one `uffdio_api`, which `UffdioApi` mirrors field by field.
     match unsafe { ioctl_with_mut_ref(&fd, UFFDIO_API(), &mut api) } {
         0 => Ok(api.features),
-        _ => Err(std::io::Error::last_os_error()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+ioctl_ior_nr!(BLKGETSIZE64, 0x12, 114, u64);
+ioctl_io_nr!(BLKSSZGET, 0x12, 104);
+
+/// How large a block device is.
+pub(crate) fn block_device_bytes(device: &File) -> io::Result<u64> {
+    let mut bytes = 0_u64;
+    // SAFETY: BLKGETSIZE64 writes one u64 (linux/fs.h, where its type is `size_t`).
+    match unsafe { ioctl_with_mut_ref(device, BLKGETSIZE64(), &mut bytes) } {
+        0 => Ok(bytes),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The smallest piece a block device reads or writes.
+pub(crate) fn block_device_sector(device: &File) -> Option<u32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: BLKSSZGET writes one int (linux/fs.h).
+    let done = unsafe { ioctl_with_mut_ref(device, BLKSSZGET(), &mut bytes) };
+    u32::try_from(bytes).ok().filter(|bytes| done == 0 && *bytes > 0)
+}
+
+/// Lock all of a file for its open file description, or unlock it, without waiting: `fcntl(2)`, `F_OFD_SETLK`.
+pub(crate) fn set_lock(file: RawFd, kind: libc::c_int) -> io::Result<()> {
+    // SAFETY: a `flock` is plain integers, for which zero is valid: from the file's start (SEEK_SET is 0) to its end.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = libc::c_short::try_from(kind).expect("F_RDLCK, F_WRLCK and F_UNLCK are small");
+    // SAFETY: the kernel reads one `flock`, which lives across the call.
+    match unsafe { libc::fcntl(file, libc::F_OFD_SETLK, &raw const lock) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Which way bytes go between a file and memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// From the file.
+    In,
+    /// To the file.
+    Out,
+}
+
+/// Move bytes between `file`, from `offset`, and `runs` of memory; says how many were moved. With `at_once`, only what
+/// can be done without waiting is done, and the rest is `EAGAIN` or `EOPNOTSUPP`: `preadv2(2)`, `RWF_NOWAIT`.
+///
+/// # Safety
+/// Each run must be mapped for as long as the call takes, and nobody may hold a Rust reference into it.
+pub(crate) unsafe fn transfer(
+    file: &File,
+    way: Way,
+    runs: &[libc::iovec],
+    offset: u64,
+    at_once: bool,
+) -> io::Result<usize> {
+    let count = libc::c_int::try_from(runs.len()).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    let offset = libc::off_t::try_from(offset).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))?;
+    let flags = if at_once { libc::RWF_NOWAIT } else { 0 };
+    let (fd, runs) = (file.as_raw_fd(), runs.as_ptr());
+    let moved = match way {
+        // SAFETY: the caller's; the array of runs is `count` long and lives across the call.
+        Way::In => unsafe { libc::preadv2(fd, runs, count, offset, flags) },
+        // SAFETY: as above.
+        Way::Out => unsafe { libc::pwritev2(fd, runs, count, offset, flags) },
+    };
+    usize::try_from(moved).map_err(|_| io::Error::last_os_error())
+}
+
+/// What becomes of a run of a file that holds nothing any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Emptied {
+    /// It reads as zeros and takes no space.
+    Hole,
+    /// It reads as zeros and keeps its space.
+    Zeros,
+}
+
+/// Empty a run of a file or block device, without changing its size: `fallocate(2)`.
+pub(crate) fn empty(file: &File, how: Emptied, offset: u64, bytes: u64) -> io::Result<()> {
+    let number = |n: u64| libc::off_t::try_from(n).map_err(|_| io::Error::from_raw_os_error(libc::EINVAL));
+    let mode = libc::FALLOC_FL_KEEP_SIZE
+        | match how {
+            Emptied::Hole => libc::FALLOC_FL_PUNCH_HOLE,
+            Emptied::Zeros => libc::FALLOC_FL_ZERO_RANGE,
+        };
+    // SAFETY: integers only.
+    match unsafe { libc::fallocate(file.as_raw_fd(), mode, number(offset)?, number(bytes)?) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -57,6 +57,7 @@ pub mod machine;
 pub mod probe;
 
 mod acpi;
+mod backend;
 mod board;
 mod boot;
 mod counters;
@@ -72,6 +73,7 @@ mod mptable;
 mod output;
 mod state;
 mod vcpu;
+mod worker;
 
 pub use config::{MachineConfig, Shape, Sharing};
 pub use counters::{Counters, VcpuCounters};

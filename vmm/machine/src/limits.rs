@@ -34,3 +34,9 @@ pub const XSAVE_BYTES: usize = 64 << 10;
 
 /// Pages cleared in KVM's dirty log by one call: 64 MiB. Each call holds the VM's MMU lock and so stops faulting vCPUs.
 pub const CLEAR_PAGES: u64 = 16 << 10;
+
+/// Virtio devices of one machine: each has a window of 4 KiB, an eventfd per queue and a share of ten interrupt lines.
+pub const VIRTIO_DEVICES: usize = 32;
+
+/// Longest id of a device: with its type and a slash before it, within [`DEVICE_KIND_BYTES`].
+pub const ID_BYTES: usize = 32;

@@ -28,7 +28,10 @@ use umbra_units::{Bytes, Gpa, PAGE_SIZE, PageId, Pfn, SpaceId};
 
 use crate::acpi::Tables;
 use crate::board::Board;
+use crate::board::fit;
+use crate::board::spec::Spec;
 use crate::boot;
+use crate::config::devices::Devices;
 use crate::config::{MachineConfig, Shape};
 use crate::counters::{Counters, Tally};
 use crate::cpuid::Cpuid;
@@ -89,6 +92,7 @@ pub struct MachineBuilder {
     sinks: Box<dyn Fn() -> Sinks + Send + Sync>,
     on_build: Box<OnBuild>,
     memory_most: Bytes,
+    devices: Devices,
     fault: FaultPlan,
 }
 
@@ -101,9 +105,11 @@ impl Machine {
         let plan = Plan {
             shape: config.shape(),
             cpu: None,
+            devices: Wanted::Launched(config.devices()),
             fault: config.fault(),
         };
         let machine = Self::assemble(&plan, sinks)?;
+        machine.board.take_hold()?;
         let entry = boot::load(&machine.memory, &config.boot_source(), &machine.tables())?;
         boot::enter(&lock(&machine.vcpus[0]).fd, entry)?;
         *machine.phase() = Phase::Paused;
@@ -116,6 +122,7 @@ impl Machine {
             sinks: Box::new(sinks),
             on_build: Box::new(|_| {}),
             memory_most: limits::MEMORY_MOST,
+            devices: Devices::default(),
             fault: FaultPlan::default(),
         }
     }
@@ -172,7 +179,11 @@ impl Machine {
         let gate = Gate::new(cpus.into())?;
         let fate = Arc::new(Fate::new(gate.clone(), sinks.on_exit));
         let output = Arc::new(Output::new(sinks.serial));
-        let board = Arc::new(Board::new(&vm, &output, fate.clone(), plan.fault)?);
+        let fits = match plan.devices {
+            Wanted::Launched(devices) => fit::launched(devices, &memory)?,
+            Wanted::Described(specs, devices) => fit::described(specs, devices, &memory)?,
+        };
+        let board = Arc::new(Board::new(&vm, &memory, fits, &output, fate.clone(), plan.fault)?);
 
         let mut vcpus = Vec::new();
         for index in 0..cpus {
@@ -191,6 +202,7 @@ impl Machine {
         let description = Description {
             shape: plan.shape,
             devices,
+            virtio: board.specs().to_vec(),
             processor,
         };
         let mut machine = Self {
@@ -275,6 +287,7 @@ impl Machine {
             }
             Phase::Paused => {}
         }
+        self.board.take_hold()?;
         self.memory.written_by_others();
         self.running.store(true, Ordering::Release);
         *phase = Phase::Running;
@@ -423,7 +436,16 @@ struct Plan<'a> {
     shape: Shape,
     /// For a twin: the processor of the guest it is to be.
     cpu: Option<&'a Processor>,
+    devices: Wanted<'a>,
     fault: Option<&'a FaultPlan>,
+}
+
+/// Which virtio devices there are to be.
+enum Wanted<'a> {
+    /// These.
+    Launched(&'a Devices),
+    /// Those, found on this host as this says.
+    Described(&'a [Spec], &'a Devices),
 }
 
 /// A VM with KVM's interrupt controllers and PIT.
@@ -570,6 +592,10 @@ impl Guest for Machine {
         Ok(self.try_restore(records)?)
     }
 
+    fn give_up(&self) {
+        self.board.let_go();
+    }
+
     fn hold_output(&self) {
         self.output.hold();
     }
@@ -604,6 +630,13 @@ impl MachineBuilder {
         self
     }
 
+    /// Where this host has what is behind the virtio devices of twins, by their ids. Which devices a twin has is in its guest's
+    /// description; one that is not found here is refused by name.
+    pub fn with_devices(mut self, devices: Devices) -> Result<Self, Error> {
+        self.devices = devices.complete()?;
+        Ok(self)
+    }
+
     /// Let the fault device of twins that have one fail by this plan, for tests.
     #[must_use]
     pub fn with_fault(mut self, plan: FaultPlan) -> Self {
@@ -624,6 +657,7 @@ impl MachineBuilder {
         let plan = Plan {
             shape: wanted.shape,
             cpu: Some(&wanted.processor),
+            devices: Wanted::Described(&wanted.virtio, &self.devices),
             fault: has_fault.then_some(&self.fault),
         };
         let machine = Machine::assemble(&plan, (self.sinks)())?;
@@ -704,6 +738,7 @@ mod tests {
         let plan = Plan {
             shape,
             cpu: None,
+            devices: Wanted::Launched(&Devices::default()),
             fault: None,
         };
         let mut machine = Machine::assemble(&plan, Sinks::discard()).unwrap();

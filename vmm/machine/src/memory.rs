@@ -48,7 +48,7 @@ pub(crate) type Ram = GuestMemoryMmap<AtomicBitmap>;
 /// All of a guest's RAM.
 #[derive(Debug)]
 pub(crate) struct Memory {
-    /// Points into the blocks' mappings, and so must not outlive this struct: it is never cloned or handed out by value.
+    /// Points into the blocks' mappings, and so must not outlive this struct: see [`Memory::for_devices`].
     ram: Ram,
     /// Ascending, in the order of `space.present`.
     blocks: Vec<Block>,
@@ -121,6 +121,12 @@ impl Memory {
     pub(crate) fn ram(&self) -> &Ram {
         self.written_by_others();
         &self.ram
+    }
+
+    /// For devices, which mark what they write. Whoever has it must also have this memory's `Arc`, and keep it for longer:
+    /// what is handed out points into the mappings that end with it.
+    pub(crate) fn for_devices(&self) -> Ram {
+        self.ram.clone()
     }
 
     /// From now on somebody may write without telling: the guest runs, or a loader or device was given access.
@@ -254,7 +260,7 @@ impl Block {
             MmapRegionBuilder::new_with_bitmap(self.mapping.bytes, AtomicBitmap::new(self.mapping.bytes, page))
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
         // SAFETY: the mapping is `bytes` long, readable and writable, and outlives the region: both are owned by one
-        // `Memory`, which never hands the region out by value.
+        // `Memory`, which hands the region out only to those who keep the `Memory` for longer.
         let builder = unsafe { builder.with_raw_mmap_pointer(self.mapping.address.as_ptr()) };
         let region = builder.build().map_err(|error| Error::Host {
             doing: "describe guest memory",

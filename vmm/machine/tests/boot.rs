@@ -60,7 +60,10 @@ fn is_told_everything(kernel: &Snippet) {
     assert_eq!(u64_at(zero_page, 0x70), 0xe_0000, "ACPI's root");
     assert_eq!(u32_at(zero_page, 0x21c), 16, "bytes of initrd");
     let initrd_at = u32_at(zero_page, 0x218);
-    assert!(initrd_at.is_multiple_of(4096) && initrd_at + 4096 == 16 << 20, "{initrd_at:#x}");
+    assert!(
+        initrd_at.is_multiple_of(4096) && initrd_at + 4096 == 16 << 20,
+        "{initrd_at:#x}"
+    );
     let map: Vec<_> = (0..usize::from(zero_page[0x1e8]))
         .map(|n| {
             let entry = &zero_page[0x2d0 + n * 20..];

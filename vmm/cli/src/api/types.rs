@@ -9,12 +9,11 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use umbra_core::batch;
 use umbra_core::report;
-use utoipa::ToSchema;
 
 pub(crate) use crate::args::{Compression, Verify};
 
 /// `GET /api/v1/ping`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Ping {
     /// The program's version.
     pub(crate) version: String,
@@ -25,7 +24,7 @@ pub(crate) struct Ping {
 }
 
 /// What this process is to a guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Role {
     /// Its VMM; nobody shadows it.
@@ -39,7 +38,7 @@ pub(crate) enum Role {
 }
 
 /// What the guest itself is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum GuestState {
     /// Its vCPUs run here.
@@ -57,7 +56,7 @@ pub(crate) enum GuestState {
 }
 
 /// `GET /api/v1/status`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Status {
     /// The program's version.
     pub(crate) version: String,
@@ -122,7 +121,7 @@ pub(crate) struct Status {
 }
 
 /// How pages travelled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub(crate) struct PageCounts {
     /// Not at all: the shadow has that very content.
     pub(crate) same: u64,
@@ -142,7 +141,7 @@ impl From<batch::PageCounts> for PageCounts {
 }
 
 /// One network route.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct PathStatus {
     /// Its place in the operator's list.
     pub(crate) id: u16,
@@ -171,7 +170,7 @@ pub(crate) struct PathStatus {
 }
 
 /// The paths together.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct LinkStatus {
     /// Blocks accepted for sending.
     pub(crate) blocks_sent: u64,
@@ -190,7 +189,7 @@ pub(crate) struct LinkStatus {
 }
 
 /// A long command: it was answered at once and goes on.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Job {
     /// Counted from one in each process.
     pub(crate) id: u64,
@@ -205,7 +204,7 @@ pub(crate) struct Job {
 }
 
 /// What was asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum JobKind {
     /// Move the guest.
@@ -213,7 +212,7 @@ pub(crate) enum JobKind {
 }
 
 /// How a job stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum JobState {
     /// Under way.
@@ -225,7 +224,7 @@ pub(crate) enum JobState {
 }
 
 /// What a finished switchover did.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct SwitchoverReport {
     /// The guest.
     pub(crate) guest: String,
@@ -256,7 +255,7 @@ pub(crate) struct SwitchoverReport {
 }
 
 /// Where a pause went, in the order it happened.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub(crate) struct Breakdown {
     /// Asking the vCPUs to stop until the last had.
     pub(crate) stop: f64,
@@ -338,7 +337,7 @@ impl SwitchoverReport {
 }
 
 /// `PUT /api/v1/protect`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ProtectRequest {
     /// Paths to the shadow, `quic:IP:PORT[,local=IP[:PORT]]`.
@@ -347,7 +346,6 @@ pub(crate) struct ProtectRequest {
     pub(crate) peers: Vec<String>,
     /// A directory with the identity to show; the process's own, if `null`.
     #[serde(default)]
-    #[schema(value_type = Option<String>)]
     pub(crate) identity: Option<PathBuf>,
     /// Page contents kept to make deltas against.
     #[serde(default)]
@@ -361,7 +359,7 @@ pub(crate) struct ProtectRequest {
 }
 
 /// `PUT /api/v1/migrate`. What is `null` or missing is as `umbra migrate --help` says.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct MigrateRequest {
     /// Stop the guest only when the pause is predicted to be at most this.
@@ -375,14 +373,14 @@ pub(crate) struct MigrateRequest {
 }
 
 /// The answer to `PUT /api/v1/migrate`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Accepted {
     /// The job's number: see [`Status::job`] and the event `job-finished`.
     pub(crate) job: u64,
 }
 
 /// `PUT /api/v1/resume`.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct ResumeRequest {
     /// The operator vouches that the other host is dead and will not run the guest.
@@ -390,14 +388,14 @@ pub(crate) struct ResumeRequest {
 }
 
 /// Any answer of 400 and above.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ErrorAnswer {
     /// Why, in one line for an operator.
     pub(crate) error: String,
 }
 
 /// One line of `GET /api/v1/events` and of `--event-monitor`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Event {
     /// Since 1970.
     pub(crate) timestamp: Timestamp,
@@ -410,7 +408,7 @@ pub(crate) struct Event {
 }
 
 /// A moment by the host's clock.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Timestamp {
     /// Whole seconds.
     pub(crate) secs: u64,

@@ -26,6 +26,7 @@
 //!
 //! Everything is read again from the same files when the guest is booted again: see [`Source`].
 
+mod announce;
 mod image;
 mod linux;
 mod pvh;
@@ -84,15 +85,19 @@ type Run = (u64, u64, Kind);
 /// Put the kernel and everything it is told into memory.
 pub(crate) fn load(memory: &Memory, source: &Source, tables: &Tables<'_>) -> Result<Entry, Error> {
     let image = Image::load(memory, &source.kernel)?;
-    image.takes(&source.cmdline)?;
+    let cmdline = announce::cmdline(&source.kernel, &source.cmdline, tables.mmio).map_err(|error| Error::File {
+        path: source.kernel.clone(),
+        why: format!("cannot read the kernel: {error}"),
+    })?;
+    image.takes(&cmdline)?;
     let initrd = source
         .initrd
         .as_deref()
         .map(|path| load_initrd(memory, path, &image))
         .transpose()?;
-    let mut cmdline = source.cmdline.as_bytes().to_vec();
-    cmdline.push(0);
-    memory.write(CMDLINE, &cmdline)?;
+    let mut line = cmdline.as_bytes().to_vec();
+    line.push(0);
+    memory.write(CMDLINE, &line)?;
     let root = acpi::write(memory, tables)?;
     mptable::write(memory, tables.cpus)?;
     memory.write(GDT, &gdt())?;
@@ -102,7 +107,7 @@ pub(crate) fn load(memory: &Memory, source: &Source, tables: &Tables<'_>) -> Res
             Ok(Entry::Pvh(entry))
         }
         Protocol::Linux { entry, header } => {
-            linux::write(memory, header, &source.cmdline, initrd, root)?;
+            linux::write(memory, header, &cmdline, initrd, root)?;
             Ok(Entry::Linux(entry))
         }
     }

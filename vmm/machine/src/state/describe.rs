@@ -1,8 +1,8 @@
 //! What a twin must be built as.
 //!
-//! Version 1: memory in bytes `u64`; shared (1) or private (0) `u8`; vCPUs `u8`; runs of RAM as a `u32` count and first
-//! page and page count `u64` each; device names as a `u32` count and length-prefixed texts; TSC frequency in kHz `u32`;
-//! the CPUID table all vCPUs share, as in [`super::vcpu`].
+//! Version 2: memory in bytes `u64`; shared (1) or private (0) `u8`; vCPUs `u8`; runs of RAM as a `u32` count and first
+//! page and page count `u64` each; device names as a `u32` count and length-prefixed texts; virtio devices as in
+//! [`crate::board::spec`]; TSC frequency in kHz `u32`; the CPUID table all vCPUs share, as in [`super::vcpu`].
 //!
 //! The layout follows from the memory's size in *this* build; that it is written down lets another build with another
 //! rule notice.
@@ -10,6 +10,7 @@
 use umbra_core::guest::StateRecord;
 use umbra_units::{Bytes, Malformed, PageCount, Pfn, Reader, Writer};
 
+use crate::board::spec::Spec;
 use crate::config::{Shape, Sharing};
 use crate::cpuid::Cpuid;
 use crate::error::Error;
@@ -18,7 +19,7 @@ use crate::state::vcpu::Processor;
 
 /// The record's kind, also in a guest's saved state, where it guards against restoring into another machine.
 pub(crate) const KIND: &str = "machine";
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// Runs of RAM a layout may have.
 const RUNS: usize = 2;
@@ -27,6 +28,8 @@ const RUNS: usize = 2;
 pub(crate) struct Description {
     pub(crate) shape: Shape,
     pub(crate) devices: Vec<String>,
+    /// Those of them that are virtio's, in the order the guest finds them.
+    pub(crate) virtio: Vec<Spec>,
     /// What vCPU 0 is; the others differ in their numbers only.
     pub(crate) processor: Processor,
 }
@@ -46,6 +49,8 @@ impl Description {
         for device in &self.devices {
             w.text(device, limits::DEVICE_KIND_BYTES);
         }
+        w.u32(len(self.virtio.len()));
+        self.virtio.iter().for_each(|spec| spec.encode(&mut w));
         w.u32(self.processor.tsc_khz);
         self.processor.cpuid.encode(&mut w);
         StateRecord {
@@ -79,6 +84,7 @@ impl Description {
         Ok(Self {
             shape,
             devices: raw.devices,
+            virtio: raw.virtio,
             processor: raw.processor,
         })
     }
@@ -90,6 +96,7 @@ struct Raw {
     cpus: u8,
     runs: Vec<(Pfn, PageCount)>,
     devices: Vec<String>,
+    virtio: Vec<Spec>,
     processor: Processor,
 }
 
@@ -109,6 +116,9 @@ impl Raw {
         let devices = (0..r.len_within(limits::DEVICES, "devices")?)
             .map(|_| r.text_within(limits::DEVICE_KIND_BYTES, "device").map(str::to_owned))
             .collect::<Result<_, _>>()?;
+        let virtio = (0..r.len_within(limits::VIRTIO_DEVICES, "virtio devices")?)
+            .map(|_| Spec::decode(&mut r))
+            .collect::<Result<_, _>>()?;
         let processor = Processor {
             tsc_khz: r.u32("TSC frequency")?,
             cpuid: Cpuid::decode(&mut r)?,
@@ -120,6 +130,7 @@ impl Raw {
             cpus,
             runs,
             devices,
+            virtio,
             processor,
         })
     }
@@ -131,6 +142,8 @@ fn len(n: usize) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use umbra_devices::virtio::block::Geometry;
+
     use super::*;
 
     fn description() -> Description {
@@ -139,6 +152,13 @@ mod tests {
         Description {
             shape: Shape::new(2, Bytes::mib(4096), Sharing::Private).unwrap(),
             devices,
+            virtio: vec![
+                Spec::Rng,
+                Spec::Disk {
+                    id: "rootfs".parse().unwrap(),
+                    geometry: Geometry::of_sectors(9),
+                },
+            ],
             processor: Processor {
                 tsc_khz: 9,
                 cpuid: empty,
@@ -178,8 +198,8 @@ mod tests {
             "expected the description of a machine, found disk/0"
         );
         assert_eq!(
-            refused(|r| r.version = 2),
-            "machine is described in version 2, this build knows 1"
+            refused(|r| r.version = 1),
+            "machine is described in version 1, this build knows 2"
         );
         assert_eq!(refused(|r| r.bytes[9] = 0), "machine: cpus: expected 1 to 32, got 0");
         assert_eq!(

@@ -2,7 +2,7 @@
 //!
 //! | kind | version | bytes |
 //! |---|---|---|
-//! | `machine` | 1 | the [`Description`]: what a twin must be built as |
+//! | `machine` | 2 | the [`Description`]: what a twin must be built as |
 //! | `clock` | 1 | `kvm_clock_data` |
 //! | `irqchip/pic0`, `irqchip/pic1`, `irqchip/ioapic` | 1 | `kvm_irqchip` |
 //! | `pit/0` | 1 | `kvm_pit_state2` |

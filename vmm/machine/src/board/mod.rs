@@ -11,6 +11,8 @@
 //!   0xcf9   acpi-pm/0 (reset)
 //! ```
 //!
+//! Virtio devices answer in memory, and most of what they do happens on threads of their own: see [`virtio`].
+//!
 //! PIC, IOAPIC, LAPIC and PIT are KVM's, and answer before an access reaches here.
 //!
 //! # An interrupt line without a delay
@@ -20,29 +22,49 @@
 //! injects before it returns. A console does not interrupt often enough for the difference to matter, so it uses the
 //! latter, and its saved state need not wonder where its interrupt is.
 
+pub(crate) mod fit;
+pub(crate) mod spec;
+mod virtio;
+
 use std::fmt;
+use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvm_ioctls::VmFd;
 use umbra_core::guest::StateRecord;
+use umbra_devices::virtio::{Virtio, block, rng};
 use umbra_devices::{
     AcpiPm, Bus, Ending, ExitPort, FaultDevice, FaultPlan, I8042, Level, Line, Restore, Rtc, SavedState, Serial, Span,
     WallClock, acpi_pm, exit, fault, i8042, rtc, serial,
 };
 
-use crate::acpi::Tables;
+use self::fit::{Backend, Fit};
+use self::spec::Spec;
+use crate::acpi::{MmioWindow, Tables};
+use crate::backend::image::Image;
 use crate::error::Error;
+use crate::memory::Memory;
 use crate::output::Output;
+use crate::worker::{Post, Worker};
 
 /// All devices of one machine.
 pub(crate) struct Board {
+    /// Joined before what they work for goes.
+    workers: Vec<Worker>,
     pub(crate) ports: Bus,
     pub(crate) mmio: Bus,
     serial: Arc<Mutex<Serial>>,
     power: Arc<Mutex<AcpiPm>>,
     /// In the order they are saved.
     slots: Vec<Box<dyn Slot>>,
+    /// What the guest sees of its virtio devices, in the order of `windows`.
+    specs: Vec<Spec>,
+    windows: Vec<MmioWindow>,
+    /// Locked while the guest runs here.
+    images: Vec<Arc<Image>>,
+    /// Devices have a way into it, and so it must not go before them.
+    memory: Arc<Memory>,
 }
 
 /// A device in its place.
@@ -93,6 +115,8 @@ impl Board {
     /// The devices, at power-on and paused.
     pub(crate) fn new(
         vm: &Arc<VmFd>,
+        memory: &Arc<Memory>,
+        fits: Vec<Fit>,
         output: &Arc<Output>,
         ending: Arc<dyn Ending>,
         fault_plan: Option<&FaultPlan>,
@@ -116,11 +140,16 @@ impl Board {
         };
         let power = Arc::new(Mutex::new(AcpiPm::new(power_wiring.clone())));
         let mut board = Self {
+            workers: Vec::new(),
             ports: Bus::new(),
             mmio: Bus::new(),
             serial: console.clone(),
             power: power.clone(),
             slots: Vec::new(),
+            specs: Vec::new(),
+            windows: Vec::new(),
+            images: Vec::new(),
+            memory: memory.clone(),
         };
         board.place(
             console,
@@ -149,7 +178,46 @@ impl Board {
             let device = Arc::new(Mutex::new(FaultDevice::new(plan.clone())));
             board.place(device, plan.clone(), fault::PORT, &[Span::new(fault::PORT, 1)])?;
         }
+        board.place_virtio(vm, fits)?;
         Ok(board)
+    }
+
+    /// Place the virtio devices, and start their workers.
+    fn place_virtio(&mut self, vm: &Arc<VmFd>, fits: Vec<Fit>) -> Result<(), Error> {
+        let mut shared = Vec::new();
+        for Fit { spec, backend } in fits {
+            match backend {
+                Backend::Rng(wiring) => shared.push(self.plug::<rng::Rng>(vm, wiring, Vec::new())?),
+                Backend::Disk { image, disk, wiring } => {
+                    let name = spec.kind();
+                    let post = self.plug::<block::Block>(vm, wiring, vec![disk.event()])?;
+                    self.workers.push(Worker::start(&name, vec![post])?);
+                    self.images.push(image);
+                }
+            }
+            self.specs.push(spec);
+        }
+        if !shared.is_empty() {
+            self.workers.push(Worker::start("virtio", shared)?);
+        }
+        Ok(())
+    }
+
+    /// One more virtio device, whose world is `world`.
+    fn plug<D: Virtio>(&mut self, vm: &Arc<VmFd>, wiring: D::Wiring, world: Vec<RawFd>) -> Result<Post, Error> {
+        let window = virtio::window(self.windows.len());
+        let plugged = virtio::plug::<D>(vm, window, self.memory.for_devices(), wiring)?;
+        let span = Span::new(window.base.into(), window.len.into());
+        self.mmio.claim(span, span.first, plugged.device.clone())?;
+        let duty = plugged.device.lock().unwrap_or_else(PoisonError::into_inner).work();
+        let post = Post {
+            duty,
+            queues: plugged.queues.clone(),
+            world,
+        };
+        self.slots.push(Box::new(plugged));
+        self.windows.push(window);
+        Ok(post)
     }
 
     fn place<D: Restore + 'static>(
@@ -174,12 +242,36 @@ impl Board {
         self.slots.iter().map(|slot| slot.kind()).collect()
     }
 
+    /// Have every device make nothing more of anything, and wait until what was under way is done: when this returns,
+    /// nothing here writes to guest memory any more.
     pub(crate) fn pause(&self) {
         self.slots.iter().for_each(|slot| slot.pause());
+        self.workers.iter().for_each(Worker::pause);
+        self.workers.iter().for_each(Worker::drained);
     }
 
     pub(crate) fn resume(&self) {
         self.slots.iter().for_each(|slot| slot.resume());
+        self.workers.iter().for_each(Worker::resume);
+    }
+
+    /// Take hold of what only one host may have. All or nothing.
+    pub(crate) fn take_hold(&self) -> Result<(), Error> {
+        let taken = self.images.iter().try_for_each(|image| image.lock());
+        if taken.is_err() {
+            self.let_go();
+        }
+        taken
+    }
+
+    /// Let go of what only one host may have.
+    pub(crate) fn let_go(&self) {
+        self.images.iter().for_each(|image| image.unlock());
+    }
+
+    /// What the guest sees of its virtio devices.
+    pub(crate) fn specs(&self) -> &[Spec] {
+        &self.specs
     }
 
     pub(crate) fn save(&self) -> Result<Vec<StateRecord>, Error> {
@@ -208,11 +300,10 @@ impl Board {
     }
 
     /// What a kernel is to be told about the devices.
-    #[allow(clippy::unused_self, reason = "which devices there are depends on the board")]
-    pub(crate) const fn tables(&self) -> Tables<'_> {
+    pub(crate) fn tables(&self) -> Tables<'_> {
         Tables {
             cpus: 0,
-            mmio: &[],
+            mmio: &self.windows,
             generation: None,
         }
     }
