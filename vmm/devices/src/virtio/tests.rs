@@ -311,6 +311,12 @@ fn a_queue_stays_where_it_is_while_the_device_uses_it() {
         driver.set_register(at, 1);
     }
     assert_eq!(driver.mmio.save().unwrap(), before);
+    // Also when the queue is ready and the driver is not.
+    assert!(driver.negotiate(u64::MAX));
+    driver.set_up_queues();
+    let before = driver.mmio.save().unwrap();
+    driver.set_register(register::VIRTIO_MMIO_QUEUE_NUM, 2);
+    assert_eq!(driver.mmio.save().unwrap(), before);
 }
 
 #[test]
@@ -454,4 +460,15 @@ fn a_paused_device_that_is_busy_collects_and_takes_nothing_new() {
     driver.mmio.resume();
     driver.run();
     assert_eq!(disk.held(), 1);
+}
+
+#[test]
+fn a_resumed_device_looks_at_its_queues_even_if_no_bell_is_heard() {
+    let mut driver = entropy();
+    driver.mmio.pause();
+    driver.add(0, &[], &[8]);
+    driver.mmio.resume();
+    driver.watch.take_rung();
+    driver.mmio.work().world(Now::ZERO);
+    assert!(driver.used(0).is_some());
 }

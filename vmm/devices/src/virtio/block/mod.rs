@@ -48,3 +48,27 @@ pub const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 
 /// Bytes of a disk's serial number (virtio 1.2, Block Device, Device Operation, `VIRTIO_BLK_T_GET_ID`).
 pub const SERIAL_BYTES: usize = 20;
+
+/// What a driver says: a header of each kind, with what follows it.
+#[cfg(test)]
+pub(crate) fn words() -> Vec<Vec<u8>> {
+    use virtio_bindings::virtio_blk as spec;
+
+    let message = |kind: u32, sector: u64, rest: &[u8]| {
+        let mut w = umbra_units::Writer::new();
+        w.u32(kind).u32(0).u64(sector).put(rest);
+        w.into_bytes()
+    };
+    let mut range = umbra_units::Writer::new();
+    range.u64(3).u32(2).u32(0);
+    vec![
+        message(spec::VIRTIO_BLK_T_IN, 1, &[]),
+        message(spec::VIRTIO_BLK_T_IN, 2, &[]),
+        message(spec::VIRTIO_BLK_T_OUT, 3, &[7; 512]),
+        message(spec::VIRTIO_BLK_T_OUT, 4, &[8; 1536]),
+        message(spec::VIRTIO_BLK_T_FLUSH, 0, &[]),
+        message(spec::VIRTIO_BLK_T_GET_ID, 0, &[]),
+        message(spec::VIRTIO_BLK_T_DISCARD, 0, range.as_slice()),
+        message(spec::VIRTIO_BLK_T_WRITE_ZEROES, 0, range.as_slice()),
+    ]
+}

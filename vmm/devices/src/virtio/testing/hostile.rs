@@ -1,11 +1,12 @@
 //! A driver that does not behave, and a machine in a hurry.
 //!
-//! A [`Storm`] draws what to do from a seed: chains that loop, overlap, point into holes and rings; indices from nowhere;
+//! A [`Storm`] draws what to do from a seed: messages that are almost right, chains that loop, overlap, point into holes and rings; indices from nowhere;
 //! registers and configuration at any offset and width; and among it all the machine pauses, saves, restores and resets the
 //! device, as it may at any time. Descriptors come first and calls second, so that what is random meets a device at work. The only
 //! promise is that the device comes back from every call, and that after a reset it works for a driver that behaves.
 
 use umbra_units::{Now, Rng};
+use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET;
 use virtio_bindings::virtio_mmio as register;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::GuestAddress;
@@ -18,12 +19,23 @@ use crate::virtio::{Mmio, Virtio};
 #[derive(Debug)]
 pub struct Storm {
     rng: Rng,
+    messages: Vec<Vec<u8>>,
 }
 
 impl Storm {
     /// The storm of this seed.
     pub const fn new(seed: u64) -> Self {
-        Self { rng: Rng::new(seed) }
+        Self {
+            rng: Rng::new(seed),
+            messages: Vec::new(),
+        }
+    }
+
+    /// A storm that knows what drivers of this device say, and says it wrong. Without that it says small numbers.
+    #[must_use]
+    pub fn knowing(mut self, messages: Vec<Vec<u8>>) -> Self {
+        self.messages = messages;
+        self
     }
 
     /// The storm's own dice, for what a test adds to it.
@@ -34,15 +46,86 @@ impl Storm {
     /// `steps` random things, with a device that is at work to begin with.
     pub fn rage<D: Virtio>(&mut self, driver: &mut Driver<D>, steps: u32) {
         for _ in 0..steps {
+            // A device that broke is deaf: only a driver that starts again can do more harm.
+            if self.rng.chance(0.5) && driver.status() & VIRTIO_CONFIG_S_NEEDS_RESET != 0 {
+                recover(driver);
+            }
             match self.rng.below(16) {
-                0..8 => self.chains(driver),
-                8..10 => self.register(driver),
+                0..6 => self.message(driver),
+                6..9 => self.chains(driver),
+                9 => self.register(driver),
                 10 => self.config(driver),
                 11 => self.worker(driver),
                 12 => self.machine(driver),
                 13 => self.setup(driver),
                 _ => self.kick(driver),
             }
+        }
+    }
+
+    /// A chain that is well-formed and could mean something, in a random queue, offered and notified.
+    pub fn message<D: Virtio>(&mut self, driver: &mut Driver<D>) {
+        let queue = self.queue(driver);
+        driver.indirect = self.rng.chance(0.3);
+        for _ in 0..=self.rng.below(3) {
+            let message = self.words();
+            let at = self.buffer(driver, message.len());
+            if let Some(at) = at {
+                driver.put(at, &message);
+            }
+            let at = at.unwrap_or_else(|| self.address());
+            let mut pieces = Vec::new();
+            self.cut(at, message.len(), 0, &mut pieces);
+            let mut answer = [1, 1, 1, 21, 513, 1025, 4097][usize::from(self.below(7))];
+            if self.rng.chance(0.2) {
+                answer = usize::from(self.below(600));
+            }
+            let at = match self.buffer(driver, answer) {
+                Some(at) => at,
+                None => self.address(),
+            };
+            self.cut(at, answer, flag(VRING_DESC_F_WRITE), &mut pieces);
+            if !pieces.is_empty() {
+                driver.add_pieces(queue, &pieces);
+            }
+        }
+        self.notify(driver, queue);
+    }
+
+    /// What a driver could say, perhaps with a slip.
+    fn words(&mut self) -> Vec<u8> {
+        let mut words = match self.messages.len() as u64 {
+            0 => vec![0; usize::from(self.below(600))],
+            known => self.messages[usize::try_from(self.rng.below(known)).expect("a few messages")].clone(),
+        };
+        if self.messages.is_empty() {
+            words
+                .iter_mut()
+                .for_each(|word| *word = self.any().to_le_bytes()[0] % 4);
+        }
+        while !words.is_empty() && self.rng.chance(0.25) {
+            let at = usize::try_from(self.rng.below(words.len() as u64)).expect("a short message");
+            words[at] = self.any().to_le_bytes()[0];
+        }
+        words
+    }
+
+    /// A buffer in memory; seldom none.
+    fn buffer<D: Virtio>(&mut self, driver: &mut Driver<D>, len: usize) -> Option<GuestAddress> {
+        self.rng.chance(0.95).then(|| driver.buffer(len))
+    }
+
+    /// One to three pieces.
+    fn cut(&mut self, at: GuestAddress, len: usize, flags: u16, pieces: &mut Vec<(GuestAddress, u32, u16)>) {
+        let (mut at, mut left) = (at, u32::try_from(len).expect("a short message"));
+        for _ in 0..self.rng.below(3) {
+            let now = u32::try_from(self.rng.below(u64::from(left) + 1)).expect("less than 32 bits");
+            pieces.push((at, now, flags));
+            at = GuestAddress(at.0.wrapping_add(now.into()));
+            left -= now;
+        }
+        if left > 0 {
+            pieces.push((at, left, flags));
         }
     }
 
@@ -61,7 +144,7 @@ impl Storm {
             driver.put_descriptor(queue, index, piece, next);
         }
         for _ in 0..self.rng.below(4) {
-            let head = if self.rng.chance(0.9) {
+            let head = if self.rng.chance(0.98) {
                 self.below(size)
             } else {
                 self.any()
@@ -232,6 +315,10 @@ impl Storm {
         };
         driver.negotiate(features);
         driver.set_up_queues();
+        if self.rng.chance(0.6) {
+            driver.ready_quietly();
+            return;
+        }
         let queue = self.queue(driver);
         driver.set_register(register::VIRTIO_MMIO_QUEUE_SEL, queue.into());
         driver.set_register(register::VIRTIO_MMIO_QUEUE_READY, 0);

@@ -15,10 +15,13 @@ pub use driver::{Driver, Placed, RAM, Watch};
 /// [`contract_tests!`](crate::contract::contract_tests).
 ///
 /// `wiring` makes what the device is connected to; `offer` puts one chain into a queue, which the device answers with at least one
-/// byte as soon as it is told, and returns the queue.
+/// byte as soon as it is told, and returns the queue. `words`, if given, are messages of its drivers, for a storm to say wrong.
 #[cfg(test)]
 macro_rules! virtio_tests {
     ($name:ident, device: $device:ty, wiring: $wiring:expr, offer: $offer:expr) => {
+        $crate::virtio::testing::virtio_tests!($name, device: $device, wiring: $wiring, offer: $offer, words: Vec::new);
+    };
+    ($name:ident, device: $device:ty, wiring: $wiring:expr, offer: $offer:expr, words: $words:expr) => {
         mod $name {
             #[allow(unused_imports, reason = "the expressions use what their device's tests import")]
             use super::*;
@@ -113,7 +116,7 @@ macro_rules! virtio_tests {
             fn whatever_a_driver_does_the_device_survives() {
                 for seed in 0..2_000 {
                     let mut driver = at_work();
-                    hostile::Storm::new(seed).rage(&mut driver, 40);
+                    hostile::Storm::new(seed).knowing($words()).rage(&mut driver, 40);
                     hostile::recover(&mut driver);
                     conformance::exchange(&mut driver, $offer);
                 }
