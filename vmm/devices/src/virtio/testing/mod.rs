@@ -3,6 +3,26 @@
 //! [`Driver`] owns a device, a small guest memory with a hole in it, and the world around the device; it plays vCPU and
 //! worker in one thread, so that a test is a sequence of calls. [`hostile`] does to a device what a guest or a peer could.
 //! Both are ordinary code and not behind a feature: fuzzing and the machine's tests use them, and nothing else pays.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use umbra_devices::virtio::rng::{Entropy, Rng, Wiring};
+//! use umbra_devices::virtio::testing::Driver;
+//!
+//! struct Dice;
+//!
+//! impl Entropy for Dice {
+//!     fn fill(&self, out: &mut [u8]) {
+//!         out.fill(4); // chosen by fair dice roll
+//!     }
+//! }
+//!
+//! let entropy = Arc::new(Dice);
+//! let mut driver = Driver::<Rng>::at_work(Wiring { index: 0, entropy });
+//! assert_eq!(driver.request(0, &[], 3), Some(vec![4, 4, 4]));
+//! driver.travel();
+//! assert_eq!(driver.request(0, &[], 3), Some(vec![4, 4, 4]));
+//! ```
 
 mod disk;
 mod driver;
