@@ -8,6 +8,7 @@
 //! | [`setup`] | has this machine what a build needs, and can it run guests? |
 //! | [`plan`] | what is checked, in which order, and how is it reported? |
 //! | [`edges`] | do the crates depend on each other as the architecture allows? |
+//! | [`linux`] | where is the Linux that guests boot, and does it have to be built? |
 //! | [`book`] | do the documents name files, tests and headings that exist? |
 //! | [`house`] | where is everything, and how is cargo asked for it? |
 #![forbid(unsafe_code)]
@@ -15,6 +16,7 @@
 mod book;
 mod edges;
 mod house;
+mod linux;
 mod plan;
 mod setup;
 
@@ -31,6 +33,8 @@ cargo xtask COMMAND
                                  set up, build and run the benchmarks behind docs/numbers.md
   setup                          check what a build needs; installs missing Debian packages when root
   guest                          build the tiny test kernel and print its path
+  linux [--print]                build a Linux for guests, once per machine, and print where it is, as lines for a shell;
+                                 --print builds nothing
   edges                          check crate edges, lints and bans against the architecture
   tour                           check docs/tour.md and every link in the documents
 
@@ -73,6 +77,7 @@ fn run(words: &[String]) -> Outcome<ExitCode> {
             println!("{}", plan::build_guest(&house)?.display());
             Ok(ExitCode::SUCCESS)
         }
+        "linux" => linux::linux(&house, rest).map(|()| ExitCode::SUCCESS),
         "edges" => report("edges", &edges::check(&house)?),
         "tour" => report("tour", &book::check(&house)?),
         "help" | "--help" | "-h" => {

@@ -14,6 +14,7 @@ use std::{
 use crate::{
     book, edges,
     house::{House, Outcome, show},
+    linux,
     setup::{self, Abilities},
 };
 
@@ -202,6 +203,18 @@ pub(crate) fn test(house: &House, long: bool) -> Outcome<ExitCode> {
     doc.env("RUSTDOCFLAGS", "--deny warnings");
     run.command("rustdoc", doc);
     run.command("build of everything", house.cargo(&[&["build"], &all[..]].concat()));
+    match &able.no_kvm {
+        // After the build, because `umbra doctor` says which command line this host's guests need.
+        None => {
+            let mut found = vec![];
+            run.step("Linux for guests", "cargo xtask linux", || {
+                found = linux::ready(house)?.environment();
+                Ok(())
+            });
+            run.environment.extend(found);
+        }
+        Some(why) => run.skip("Linux for guests", why),
+    }
     let test = |which: &[&str]| {
         house.cargo(&[&["test", "--workspace", "--profile", CHECKED, "--no-fail-fast"], which].concat())
     };

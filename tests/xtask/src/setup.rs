@@ -15,12 +15,12 @@ use std::{
 use crate::house::{Outcome, show};
 
 /// A program the build or the tests call, and where Debian keeps it.
-struct Tool {
-    program: &'static str,
+pub(crate) struct Tool {
+    pub(crate) program: &'static str,
     /// A harmless call that succeeds when the tool is in order.
-    probe: &'static [&'static str],
-    packages: &'static [&'static str],
-    why: &'static str,
+    pub(crate) probe: &'static [&'static str],
+    pub(crate) packages: &'static [&'static str],
+    pub(crate) why: &'static str,
 }
 
 const TOOLS: &[Tool] = &[
@@ -49,7 +49,7 @@ pub(crate) struct Abilities {
 
 /// Checks and installs; says what it did and what the machine can do.
 pub(crate) fn setup() -> Outcome<Abilities> {
-    install_missing()?;
+    install_missing(TOOLS)?;
     let abilities = Abilities {
         no_kvm: kvm_refusal(Path::new("/dev/kvm")),
         no_style: style_refusal(),
@@ -77,8 +77,9 @@ pub(crate) fn banner(why: &str) -> String {
     text
 }
 
-fn install_missing() -> Outcome<()> {
-    let missing: Vec<&Tool> = TOOLS.iter().filter(|tool| !answers(tool.program, tool.probe)).collect();
+/// Sees to it that these tools are here, or says what to install.
+pub(crate) fn install_missing(tools: &[Tool]) -> Outcome<()> {
+    let missing: Vec<&Tool> = tools.iter().filter(|tool| !answers(tool.program, tool.probe)).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -107,6 +108,15 @@ fn install_missing() -> Outcome<()> {
     match missing.iter().find(|tool| !answers(tool.program, tool.probe)) {
         None => Ok(()),
         Some(tool) => Err(format!("`{}` still does not work after `{by_hand}`", tool.program)),
+    }
+}
+
+/// Fetches the lists of packages, where this user may.
+pub(crate) fn update_lists() -> Outcome<()> {
+    if is_root() && answers("apt-get", &["--version"]) {
+        apt(&["update"])
+    } else {
+        Err("this machine has no list of Debian's packages: `apt-get update` as root fetches it, on Debian".to_owned())
     }
 }
 
