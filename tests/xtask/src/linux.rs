@@ -317,7 +317,8 @@ fn find(cache: &Path, name: &str, hash: &str) -> Option<PathBuf> {
 
 fn build(house: &House, cache: &Path, part: &Part, kernel: Option<&Path>, hash: &str) -> Outcome<PathBuf> {
     let version = version(part.package)?;
-    let done = cache.join(format!("{}-{version}-{hash}", part.name));
+    // Epochs: a colon separates paths.
+    let done = cache.join(format!("{}-{}-{hash}", part.name, version.replace(':', ".")));
     eprintln!(
         "linux: building the guest's {} from {} {version}, once for this machine, into {}",
         part.name,
