@@ -1,5 +1,7 @@
 //! Every bound on what a guest, a console client or a saved state may make a device hold.
 
+use core::time::Duration;
+
 /// Bytes a 16550 of ours keeps for the guest to read: the FIFO of the model in `vm-superio`.
 pub const SERIAL_FIFO_BYTES: usize = 64;
 
@@ -32,3 +34,42 @@ pub const BLK_DISCARD_SECTORS: u32 = 1 << 21;
 
 /// Sectors in one request to write zeros: 64 MiB, which a file system without holes must write.
 pub const BLK_WRITE_ZEROES_SECTORS: u32 = 1 << 17;
+
+/// Connections of one socket device, both directions together.
+pub const VSOCK_CONNECTIONS: usize = 512;
+
+/// Pieces of news a socket device hears at once.
+pub const VSOCK_NEWS: usize = 64;
+
+/// Frames a network card receives in one call.
+pub const NET_FRAMES_PER_CALL: usize = 64;
+
+/// Chains a network card fills in one call, so that frames for the guest leave room for frames from it.
+pub const NET_CHAINS_PER_CALL: usize = 128;
+
+/// Bytes of one connection from the guest that wait for the program to take them. Firecracker's figure.
+pub const VSOCK_BUFFER_BYTES: u32 = 64 << 10;
+
+/// The greatest payload of one packet: `VIRTIO_VSOCK_MAX_PKT_BUF_SIZE` of Linux.
+pub const VSOCK_PACKET_BYTES: usize = 64 << 10;
+
+/// Packets to the guest in one call.
+pub const VSOCK_PACKETS_PER_CALL: usize = 64;
+
+/// Resets waiting for buffers of the guest. With so many, nothing more is taken from it.
+pub const VSOCK_RESETS: usize = 256;
+
+/// How long a program waits for the guest to take its connection.
+pub const VSOCK_ANSWER: Duration = Duration::from_secs(10);
+
+/// Pages one chain of a balloon may name; what is beyond is left as it is. Linux names 256.
+pub const BALLOON_PFNS_PER_CHAIN: usize = 4096;
+
+/// Statistics that are known, and read from one chain.
+pub const BALLOON_STATISTICS: usize = 16;
+
+/// Keys waiting for a guest's buffers: a pasted page of text, and no more.
+pub const CONSOLE_INPUT_BYTES: usize = 4096;
+
+/// Text taken from one chain of a console. Linux puts 32 KiB into one at most.
+pub const CONSOLE_BYTES_PER_CHAIN: usize = 256 << 10;

@@ -22,6 +22,7 @@
 //! | [`limiter`] | token buckets, for devices that may do only so much |
 //! | [`rng`] | entropy: the simplest device, to copy from |
 //! | [`block`] | disks |
+//! | [`net`] | a network card |
 //!
 //! # Writing a device
 //!
@@ -74,6 +75,7 @@ pub mod engine;
 pub mod interrupt;
 pub mod limiter;
 pub mod mmio;
+pub mod net;
 pub mod rings;
 pub mod rng;
 mod state;

@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
 use virtio_queue::{Queue, QueueOwnedT as _, QueueT as _};
-use vm_memory::{Bytes as _, GuestAddress};
+use vm_memory::{Address as _, Bytes as _, GuestAddress};
 
 use super::chain::{Chain, Token};
 use super::engine::Counters;
@@ -49,6 +49,8 @@ struct Slot {
     queue: Queue,
     /// Answers were put in since the driver was last considered for an interrupt.
     answered: bool,
+    /// Where the used ring stood when the driver was last considered for an interrupt.
+    considered: u16,
     /// The driver was told not to notify. Only without `EVENT_IDX`, where being silent is something to be written.
     silenced: bool,
 }
@@ -165,6 +167,24 @@ impl Rings {
         }
     }
 
+    /// Give back several chains of one queue, in this order, such that the driver sees all of them or none: buffers of one frame
+    /// (virtio 1.2, Network Device, Setting Up Receive Buffers).
+    pub fn push_together(&mut self, chains: &[(Token, u32)]) {
+        let Some(((last, written), others)) = chains.split_last() else {
+            return;
+        };
+        if !self.live {
+            return;
+        }
+        let Some(slot) = slot_of(&mut self.slots, self.generation, *last) else {
+            return;
+        };
+        if slot.place(&self.ram, others).is_err() {
+            return self.fail();
+        }
+        self.push(*last, *written);
+    }
+
     /// Guest memory.
     pub const fn ram(&self) -> &Ram {
         &self.ram
@@ -182,6 +202,11 @@ impl Rings {
                 .slots
                 .get(usize::from(queue))
                 .is_some_and(|slot| slot.queue.ready())
+    }
+
+    /// Whether chains may be taken and given back: the driver is ready and the device not paused.
+    pub const fn is_open(&self) -> bool {
+        self.live && self.open
     }
 
     /// The configuration space is not what it was: tell the driver.
@@ -362,6 +387,7 @@ impl Slot {
         Self {
             queue: Queue::new(size).expect("a device's queue sizes are powers of two: asserted when it is built"),
             answered: false,
+            considered: 0,
             silenced: false,
         }
     }
@@ -380,6 +406,7 @@ impl Slot {
         self.queue.set_event_idx(features & bit(VIRTIO_RING_F_EVENT_IDX) != 0);
         self.queue.set_next_avail(position.available);
         self.queue.set_next_used(position.used);
+        self.considered = position.used;
         self.queue.set_ready(true);
         if self.queue.is_valid(ram) { Ok(()) } else { Err(Broken) }
     }
@@ -411,14 +438,41 @@ impl Slot {
         }
     }
 
+    /// Put answers into the used ring behind what the driver sees of it: the next `add_used` shows them.
+    fn place(&mut self, ram: &Ram, answers: &[(Token, u32)]) -> Result<(), Broken> {
+        for (token, written) in answers {
+            let (size, next) = (self.queue.size(), self.queue.next_used());
+            if token.head() >= size {
+                return Err(Broken);
+            }
+            // `struct virtq_used`: flags and index, then entries of a head and a length (virtio 1.2, The Virtqueue Used Ring).
+            let at = GuestAddress(self.queue.used_ring())
+                .checked_add(4 + 8 * u64::from(next % size))
+                .ok_or(Broken)?;
+            let entry = [u32::from(token.head()).to_le(), written.to_le()];
+            ram.write_obj(entry, at).map_err(|_| Broken)?;
+            self.queue.set_next_used(next.wrapping_add(1));
+        }
+        Ok(())
+    }
+
     /// Whether the driver wants an interrupt for the answers since it was last asked.
     fn wants_interrupt(&mut self, ram: &Ram) -> Result<bool, Broken> {
         if !self.queue.ready() {
             return Ok(false);
         }
-        let wanted = self.queue.needs_notification(ram)?;
+        // For its fence: what it counts are single answers, and some were put in together.
+        self.queue.needs_notification(ram)?;
+        let (now, before) = (self.queue.next_used(), self.considered);
+        self.considered = now;
         if self.queue.event_idx_enabled() {
-            return Ok(wanted);
+            // Whether the ring has passed the entry the driver asked about (virtio 1.2, Used Buffer Notification Suppression).
+            let after_ring = 4 + 2 * u64::from(self.queue.size());
+            let at = GuestAddress(self.queue.avail_ring())
+                .checked_add(after_ring)
+                .ok_or(Broken)?;
+            let event = u16::from_le(ram.load(at, Ordering::Relaxed).map_err(|_| Broken)?);
+            return Ok(now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before));
         }
         // virtio-queue leaves the flag to its caller: virtio 1.2, Available Buffer Notification Suppression.
         let flags: u16 = ram
