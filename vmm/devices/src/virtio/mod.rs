@@ -23,6 +23,7 @@
 //! | [`rng`] | entropy: the simplest device, to copy from |
 //! | [`block`] | disks |
 //! | [`net`] | a network card |
+//! | [`vsock`] | sockets between the guest and programs of its host |
 //!
 //! # Writing a device
 //!
@@ -82,6 +83,7 @@ mod state;
 pub mod testing;
 #[cfg(test)]
 mod tests;
+pub mod vsock;
 
 use std::fmt;
 
