@@ -24,6 +24,7 @@
 //! | [`block`] | disks |
 //! | [`net`] | a network card |
 //! | [`vsock`] | sockets between the guest and programs of its host |
+//! | [`balloon`] | memory that the guest gives back |
 //!
 //! # Writing a device
 //!
@@ -70,6 +71,7 @@
 //! [`Ram`] marks what is written through it in a bitmap, because KVM's dirty log does not see it. There is no other way
 //! from here to guest memory, so no device can forget (docs/decisions/0016-devices-see-guest-memory.md).
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod engine;
