@@ -25,6 +25,7 @@
 //! | [`net`] | a network card |
 //! | [`vsock`] | sockets between the guest and programs of its host |
 //! | [`balloon`] | memory that the guest gives back |
+//! | [`console`] | a console of one port |
 //!
 //! # Writing a device
 //!
@@ -74,6 +75,7 @@
 pub mod balloon;
 pub mod block;
 pub mod chain;
+pub mod console;
 pub mod engine;
 pub mod interrupt;
 pub mod limiter;
