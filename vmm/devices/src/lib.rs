@@ -23,6 +23,7 @@
 //! | [`i8042`] | the keyboard controller, for its reset line |
 //! | [`rtc`] | the CMOS clock and its memory |
 //! | [`virtio`] | virtio devices: transport over MMIO, queues, and the devices themselves |
+//! | [`vmgenid`] | the generation of a guest, for those that restore it twice |
 //! | [`fault`] | a device that makes saving or restoring fail, for tests of everything above |
 //! | [`limits`] | every bound |
 #![forbid(unsafe_code)]
@@ -37,6 +38,7 @@ pub mod limits;
 pub mod rtc;
 pub mod serial;
 pub mod virtio;
+pub mod vmgenid;
 
 pub use acpi_pm::AcpiPm;
 pub use bus::{Bus, BusError, Span};
