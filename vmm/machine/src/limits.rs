@@ -40,3 +40,12 @@ pub const VIRTIO_DEVICES: usize = 32;
 
 /// Longest id of a device: with its type and a slash before it, within [`DEVICE_KIND_BYTES`].
 pub const ID_BYTES: usize = 32;
+
+/// Frames of one card held back at most while output is held; then the guest's own queue fills.
+pub const HELD_FRAME_BYTES: usize = 4 << 20;
+
+/// Programs that connected to a guest's sockets and have not said which port they want. A new one ends the oldest.
+pub const VSOCK_UNDECIDED: usize = 32;
+
+/// The longest first line of such a program: `CONNECT 4294967295`, with room for the line's end.
+pub const VSOCK_FIRST_LINE_BYTES: usize = 32;

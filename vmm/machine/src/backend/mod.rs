@@ -10,9 +10,15 @@
 //! | [`image`] | a disk's file, opened, understood and locked |
 //! | [`transfer`] | moving bytes between an image and guest memory |
 //! | [`pool`] | the threads that do what takes time |
+//! | [`tap`] | a network card's other end, and frames held back |
+//! | [`streams`] | the UNIX sockets behind a guest's sockets |
 
 pub(crate) mod disk;
 pub(crate) mod entropy;
 pub(crate) mod image;
 pub(crate) mod pool;
+#[allow(dead_code, reason = "the board places socket devices after this")]
+pub(crate) mod streams;
+#[allow(dead_code, reason = "the board places network cards after this")]
+pub(crate) mod tap;
 pub(crate) mod transfer;
