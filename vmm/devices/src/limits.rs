@@ -41,11 +41,12 @@ pub const VSOCK_CONNECTIONS: usize = 512;
 /// Pieces of news a socket device hears at once.
 pub const VSOCK_NEWS: usize = 64;
 
-/// Frames a network card receives in one call.
+/// Frames a network card moves in one call, in each direction: neither is to wait for an end of the other.
 pub const NET_FRAMES_PER_CALL: usize = 64;
 
-/// Chains a network card fills in one call, so that frames for the guest leave room for frames from it.
-pub const NET_CHAINS_PER_CALL: usize = 128;
+/// Buffers a network card puts one frame into. With [`NET_FRAMES_PER_CALL`] chains for the other direction these are in one call's
+/// [`CHAINS_PER_CALL`], so that a frame's turn comes. A frame of 64 KiB takes 44 of Linux's smallest buffers.
+pub const NET_BUFFERS_PER_FRAME: usize = 64;
 
 /// Bytes of one connection from the guest that wait for the program to take them. Firecracker's figure.
 pub const VSOCK_BUFFER_BYTES: u32 = 64 << 10;

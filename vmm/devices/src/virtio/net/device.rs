@@ -16,7 +16,7 @@ use virtio_bindings::virtio_net::{
 use super::announce::{self, Announcement};
 use super::wire::{Offloads, Sent, Tap};
 use super::{CONTROL, CONTROL_SIZE, FRAME_BYTES, FRAME_LEAST, HEADER_BYTES, QUEUE_SIZE, RECEIVE, TRANSMIT};
-use crate::limits::{NET_CHAINS_PER_CALL, NET_FRAMES_PER_CALL};
+use crate::limits::{NET_BUFFERS_PER_FRAME, NET_FRAMES_PER_CALL};
 use crate::virtio::limiter::{Limiter, Limits};
 use crate::virtio::{Cause, Chain, Rings, Virtio, Wake, bit};
 
@@ -151,8 +151,7 @@ impl Net {
         }
         let mut chains = 0;
         for _ in 0..NET_FRAMES_PER_CALL {
-            // The queue from the guest, too, lives on the chains of this call.
-            if chains >= NET_CHAINS_PER_CALL {
+            if chains >= NET_BUFFERS_PER_FRAME {
                 break;
             }
             if self.receiving.frame.is_empty() && !self.fetch() {
@@ -191,7 +190,7 @@ impl Net {
     /// Put the frame that arrived into as many buffers as it takes, or into none.
     fn deliver(&mut self, rings: &mut Rings) -> Delivery {
         let most = if self.has(VIRTIO_NET_F_MRG_RXBUF) {
-            QUEUE_SIZE
+            NET_BUFFERS_PER_FRAME
         } else {
             1
         };
@@ -199,13 +198,9 @@ impl Net {
         let mut chains = Vec::new();
         let mut room = 0;
         while room < needed {
-            let next = if chains.len() < usize::from(most) {
-                rings.pop(RECEIVE)
-            } else {
-                None
-            };
+            let next = if chains.len() < most { rings.pop(RECEIVE) } else { None };
             let Some(chain) = next else {
-                let enough = chains.len() < usize::from(most);
+                let enough = chains.len() < most;
                 chains
                     .iter()
                     .rev()
@@ -216,7 +211,7 @@ impl Net {
             chains.push(chain);
         }
         // How many buffers the frame takes is said in its header (virtio 1.2, Processing of Incoming Packets).
-        let count = u16::try_from(chains.len()).expect("at most the size of a queue");
+        let count = u16::try_from(chains.len()).expect("at most 64");
         self.receiving.frame[HEADER_BYTES - 2..HEADER_BYTES].copy_from_slice(&count.to_le_bytes());
         self.fill(chains, rings)
     }
@@ -246,7 +241,7 @@ impl Net {
 
     /// Frames from the guest, out of its buffers to the TAP.
     fn transmit(&mut self, now: Now, rings: &mut Rings) -> Wake {
-        loop {
+        for _ in 0..NET_FRAMES_PER_CALL {
             if self.sending.frame.is_empty() {
                 let Some(mut chain) = rings.pop(TRANSMIT) else {
                     return Wake::Idle;
@@ -266,6 +261,7 @@ impl Net {
             self.counts.sent += 1;
             self.sending.clear();
         }
+        Wake::Again
     }
 
     /// Copy a frame out of guest memory; `false` if it is none.
