@@ -21,8 +21,8 @@
 //!
 //! Memory nobody touched costs nothing, and moving a guest must not change that on either side. Reading a hole of a
 //! memfd through a mapping fills it; reading it by `pread` does not. So a page that is not *known* to be backed is read
-//! by `pread`, and a page of zeros applied over one that is still a hole is not written. `touched` holds what is known;
-//! it only grows.
+//! by `pread`, and a page of zeros applied over one that is still a hole is not written. `touched` holds what is known. It
+//! grows, except where a guest gives memory back ([`Memory::discard`]).
 
 use std::arch::asm;
 use std::fs::File;
@@ -139,6 +139,27 @@ impl Memory {
         self.ram()
             .write_slice(bytes, GuestAddress(at.0))
             .map_err(|error| Error::Incompatible(error.to_string()))
+    }
+
+    /// Give the memory behind these pages back to the host: they read as zeros until somebody writes to them again. What is not
+    /// this guest's memory is left alone. The pages count as written, because a shadow still holds what was in them.
+    pub(crate) fn discard(&self, first: Pfn, pages: PageCount) -> Result<(), Error> {
+        let end = first.0.saturating_add(pages.0);
+        for block in &self.blocks {
+            let from = first.0.max(block.first.0);
+            let to = end.min(block.first.0 + block.pages.0);
+            if from >= to {
+                continue;
+            }
+            let run = index(from - block.first.0)..index(to - block.first.0);
+            let done = block.discard(&run);
+            // Marked after they became zeros, as any write is, and also if only some did: a harvest in between finds them in
+            // the next.
+            let bytes = run.start * PAGE_SIZE;
+            self.mapped(block).bitmap().set_addr_range(bytes, run.len() * PAGE_SIZE);
+            done?;
+        }
+        Ok(())
     }
 
     /// What devices and loaders wrote since this was last asked, as bits of one block.
@@ -297,6 +318,39 @@ impl Block {
     fn touch(&self, index: usize) {
         // Only a hint for who reads: no other memory is ordered by it.
         self.touched[index / 64].fetch_or(1 << (index % 64), Ordering::Relaxed);
+    }
+
+    fn forget(&self, index: usize) {
+        self.touched[index / 64].fetch_and(!(1 << (index % 64)), Ordering::Relaxed);
+    }
+
+    /// Make holes of these pages.
+    fn discard(&self, run: &Range<usize>) -> Result<(), Error> {
+        let bytes = run.len() * PAGE_SIZE;
+        let done = match &self.file {
+            Some(file) => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                let offset = |bytes| libc::off_t::try_from(bytes).expect("a block is far shorter than 8 EiB");
+                // SAFETY: changes a file of ours that is only ever accessed by copies, which any page may change under at any
+                // time (see the module); no memory of this process but the mapping of it is touched.
+                unsafe { libc::fallocate(file.as_raw_fd(), mode, offset(run.start * PAGE_SIZE), offset(bytes)) }
+            }
+            None => {
+                assert!(run.end <= index_range(self.pages), "pages of this block");
+                // SAFETY: the range is within our mapping (asserted), which is private and anonymous: its pages become zeros, which
+                // whoever copies from it must expect at any time (see the module).
+                unsafe { libc::madvise(self.page(run.start).cast(), bytes, libc::MADV_DONTNEED) }
+            }
+        };
+        if done != 0 {
+            return Err(Error::last_os("give memory back to the host"));
+        }
+        if self.file.is_some() {
+            // A page the guest has written to meanwhile is backed though not known to be: it is then read by `pread`, which
+            // sees the same.
+            run.clone().for_each(|index| self.forget(index));
+        }
+        Ok(())
     }
 
     /// How many of `pages`, from the first (which is `index` here), follow each other in this block and are not known
@@ -552,6 +606,52 @@ mod tests {
         assert_eq!(backed(&memory), 0);
         memory.apply_page(Pfn(5), &[1; PAGE_SIZE]).unwrap();
         assert_ne!(backed(&memory), 0);
+    }
+
+    #[test]
+    fn discarded_pages_are_zeros_count_as_written_and_cost_nothing() {
+        for sharing in [Sharing::Shared, Sharing::Private] {
+            let memory = memory(8, sharing);
+            for page in 0..20 {
+                memory.apply_page(Pfn(page), &[7; PAGE_SIZE]).unwrap();
+            }
+            memory.forget_device_writes();
+            memory.discard(Pfn(4), PageCount(8)).unwrap();
+            let written = memory.take_device_writes(&memory.blocks[0]);
+            assert_eq!(written[0], 0xff0, "{sharing:?}");
+            let mut out = Vec::new();
+            let pages: Vec<Pfn> = (0..20).map(Pfn).collect();
+            memory.read_pages(&pages, &mut out).unwrap();
+            for (page, bytes) in out.chunks(PAGE_SIZE).enumerate() {
+                let expected = if (4..12).contains(&page) { 0 } else { 7 };
+                assert!(bytes.iter().all(|byte| *byte == expected), "{sharing:?}, page {page}");
+            }
+            if sharing == Sharing::Shared {
+                assert_eq!(backed(&memory), 12 * PAGE_SIZE as u64, "also after they were read");
+            }
+            // And they are memory again as soon as somebody writes to them.
+            memory.write(Pfn(5).gpa(), &[9; PAGE_SIZE]).unwrap();
+            let mut page = [0; PAGE_SIZE];
+            memory.read_page(Pfn(5), &mut page).unwrap();
+            assert_eq!(page, [9; PAGE_SIZE]);
+            assert_eq!(memory.take_device_writes(&memory.blocks[0])[0], 1 << 5);
+        }
+    }
+
+    #[test]
+    fn discarding_what_is_no_memory_changes_nothing() {
+        let memory = memory(8, Sharing::Shared);
+        let last = Pfn(memory.space.pages.0 - 1);
+        memory.apply_page(last, &[7; PAGE_SIZE]).unwrap();
+        memory.discard(Pfn(u64::MAX), PageCount(5)).unwrap();
+        memory.discard(Pfn(memory.space.pages.0), PageCount(u64::MAX)).unwrap();
+        memory.discard(last, PageCount(0)).unwrap();
+        let mut page = [0; PAGE_SIZE];
+        memory.read_page(last, &mut page).unwrap();
+        assert_eq!(page, [7; PAGE_SIZE]);
+        memory.discard(last, PageCount(u64::MAX)).unwrap();
+        memory.read_page(last, &mut page).unwrap();
+        assert_eq!(page, [0; PAGE_SIZE]);
     }
 
     #[test]
