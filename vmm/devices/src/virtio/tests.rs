@@ -1,6 +1,8 @@
 //! What the transport promises, whatever the device: told with disks and entropy.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vm_memory::GuestAddress;
 
@@ -15,9 +17,9 @@ use virtio_bindings::virtio_ring::{
 };
 
 use super::block::{self, Block, Geometry};
-use super::limiter::Limits;
+use super::limiter::{Limits, Rate};
 use super::rng::{self, Entropy, Rng};
-use super::testing::{Driver, MemoryDisk};
+use super::testing::{Driver, MemoryDisk, Placed};
 use super::{Cause, Mmio, Rings, Token, Virtio, Wake, bit};
 use crate::contract::{Device as _, Restore as _};
 use crate::limits::{CHAIN_SEGMENTS, CHAINS_PER_CALL};
@@ -471,4 +473,202 @@ fn a_resumed_device_looks_at_its_queues_even_if_no_bell_is_heard() {
     driver.watch.take_rung();
     driver.mmio.work().world(Now::ZERO);
     assert_eq!(driver.mmio.engine().lock().unwrap().device().0.len(), 1);
+}
+
+/// A driver as lazy as the rules allow: it notifies only when the device asks for it, and looks for answers only when it is
+/// interrupted. Whatever is suppressed once too often leaves it waiting for ever.
+struct Lazy {
+    driver: Driver<Block>,
+    disk: Arc<MemoryDisk>,
+    chance: umbra_units::Rng,
+    event_idx: bool,
+    /// Interrupts it has handled.
+    heard: u64,
+    /// Requests that wait for an answer, by head: the sector, what is to be read there, and where.
+    waiting: BTreeMap<u16, (u64, Option<u8>, Placed)>,
+    /// What each sector holds.
+    model: Vec<u8>,
+    answered: usize,
+    /// When the device wants to be called. Otherwise its worker is as lazy.
+    wake: Wake,
+}
+
+const LAZY_SECTORS: u64 = 64;
+
+impl Lazy {
+    fn new(seed: u64) -> Self {
+        let mut chance = umbra_units::Rng::new(seed);
+        let disk = Arc::new(MemoryDisk::new(LAZY_SECTORS));
+        let operations = chance
+            .chance(0.3)
+            .then(|| Rate::new(3, Duration::from_secs(1), 0).unwrap());
+        let mut driver = Driver::at_work(block::Wiring {
+            id: "a".to_owned(),
+            serial: "a".to_owned(),
+            geometry: Geometry::of_sectors(LAZY_SECTORS),
+            queues: 1,
+            limits: Limits {
+                operations,
+                bandwidth: None,
+            },
+            disk: disk.clone(),
+        });
+        let event_idx = chance.chance(0.5);
+        if !event_idx {
+            driver.negotiate(!bit(VIRTIO_RING_F_EVENT_IDX));
+            driver.set_up_queues();
+            driver.ready();
+        }
+        driver.indirect = chance.chance(0.5);
+        Self {
+            driver,
+            disk,
+            chance,
+            event_idx,
+            heard: 0,
+            waiting: BTreeMap::new(),
+            model: vec![0; usize::try_from(LAZY_SECTORS).unwrap()],
+            answered: 0,
+            wake: Wake::Idle,
+        }
+    }
+
+    /// The worker heard a bell, if there was one.
+    fn run(&mut self) {
+        self.wake = self.wake.min(self.driver.run());
+    }
+
+    /// The disk finishes a request, if it has one, and the worker hears of it.
+    fn finish(&mut self) -> bool {
+        let finished = self.disk.release(&mut self.chance);
+        if finished {
+            self.wake = self.wake.min(self.driver.world());
+        }
+        finished
+    }
+
+    /// Time passes, and the worker has an eye on it.
+    fn pass(&mut self, time: Duration) {
+        self.driver.now = self.driver.now + time;
+        if self.wake <= Wake::At(self.driver.now) {
+            self.wake = self.driver.world();
+        }
+    }
+
+    /// A few requests for sectors that no other request waits for, and one notification if the device wants it.
+    fn ask(&mut self) {
+        let before = self.driver.added(0);
+        for _ in 0..=self.chance.below(4) {
+            let sector = self.chance.below(LAZY_SECTORS);
+            if self.waiting.len() < 40 && self.waiting.values().all(|(other, ..)| *other != sector) {
+                self.ask_for(sector);
+            }
+        }
+        let after = self.driver.added(0);
+        let wanted = if self.event_idx {
+            let event = self.driver.available_event(0);
+            after.wrapping_sub(event).wrapping_sub(1) < after.wrapping_sub(before)
+        } else {
+            after != before && self.driver.used_flags(0) & 1 == 0
+        };
+        if wanted {
+            self.driver.set_register(register::VIRTIO_MMIO_QUEUE_NOTIFY, 0);
+        }
+    }
+
+    fn ask_for(&mut self, sector: u64) {
+        let index = usize::try_from(sector).unwrap();
+        let mut header = [0; 16];
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        let (expected, placed) = if self.chance.chance(0.5) {
+            (Some(self.model[index]), self.driver.add(0, &[&header], &[512, 1]))
+        } else {
+            self.model[index] = self.chance.next_u64().to_le_bytes()[0];
+            header[0] = 1;
+            let data = [self.model[index]; 512];
+            (None, self.driver.add(0, &[&header, &data], &[1]))
+        };
+        let twice = self.waiting.insert(placed.head, (sector, expected, placed));
+        assert!(twice.is_none(), "this test gave a descriptor to two requests");
+    }
+
+    /// Look for answers, if there was an interrupt.
+    fn listen(&mut self) {
+        if self.driver.watch.pulses() == self.heard {
+            return;
+        }
+        self.heard = self.driver.watch.pulses();
+        self.driver.acknowledge();
+        loop {
+            while let Some((head, _)) = self.driver.used(0) {
+                self.answered += 1;
+                let (sector, expected, placed) = self.waiting.remove(&head).expect("each request is answered once");
+                assert_eq!(
+                    self.driver.get(*placed.writable.last().unwrap(), 1),
+                    [0],
+                    "sector {sector}"
+                );
+                if let Some(expected) = expected {
+                    assert_eq!(
+                        self.driver.get(placed.writable[0], 512),
+                        [expected; 512],
+                        "sector {sector}"
+                    );
+                }
+            }
+            self.driver
+                .set_used_event(0, u16::try_from(self.answered % 0x1_0000).unwrap());
+            // What came before that was written does not interrupt: look again.
+            if self.driver.is_all_seen(0) {
+                return;
+            }
+        }
+    }
+
+    /// Somebody does something.
+    fn step(&mut self) {
+        match self.chance.below(12) {
+            0..4 => self.ask(),
+            4..6 => self.run(),
+            6..9 => drop(self.finish()),
+            9 => self.listen(),
+            10 => self.disk.hold(self.chance.chance(0.7)),
+            _ => self.pass_time_or_move(),
+        }
+    }
+
+    fn pass_time_or_move(&mut self) {
+        if self.chance.chance(0.7) {
+            return self.pass(Duration::from_millis(500));
+        }
+        self.driver.mmio.pause();
+        while self.finish() {}
+        self.driver.travel();
+        // As a machine does where the guest goes on.
+        self.wake = self.driver.world();
+    }
+}
+
+#[test]
+fn the_laziest_driver_gets_every_answer_once_over_any_pauses_and_moves() {
+    for seed in 0..500 {
+        let mut lazy = Lazy::new(seed);
+        for _ in 0..300 {
+            lazy.step();
+        }
+        for _ in 0..200 {
+            lazy.run();
+            while lazy.finish() {}
+            lazy.pass(Duration::from_secs(1));
+            lazy.listen();
+        }
+        let waiting: Vec<_> = lazy.waiting.values().map(|(sector, ..)| sector).collect();
+        assert!(
+            waiting.is_empty(),
+            "seed {seed}: nobody answers for sectors {waiting:?}"
+        );
+        let content = lazy.disk.content();
+        let sectors: Vec<u8> = content.chunks(512).map(|sector| sector[0]).collect();
+        assert_eq!(sectors, lazy.model, "seed {seed}");
+    }
 }

@@ -426,6 +426,13 @@ impl<D: Virtio> Driver<D> {
         Some((u16::try_from(head).expect("a head has 16 bits"), len))
     }
 
+    /// Whether every answer was looked at.
+    pub fn is_all_seen(&self, queue: u16) -> bool {
+        let place = &self.queues[usize::from(queue)];
+        let index = self.ram().read_obj(GuestAddress(place.used + 2));
+        place.seen == index.unwrap_or(place.seen)
+    }
+
     /// One request and its answer: the bytes written, or `None` if there is no answer yet.
     pub fn request(&mut self, queue: u16, readable: &[&[u8]], writable: u32) -> Option<Vec<u8>> {
         let placed = self.add(queue, readable, &[writable]);
