@@ -25,3 +25,6 @@ pub(crate) mod streams;
 #[allow(dead_code, reason = "the board places network cards after this")]
 pub(crate) mod tap;
 pub(crate) mod transfer;
+
+#[cfg(test)]
+mod tests;

@@ -455,7 +455,7 @@ fn refusal(tap: &str, why: &str) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::net::{Ipv4Addr, UdpSocket};
     use std::process::Command;
 
@@ -504,11 +504,11 @@ mod tests {
 
     const PATIENCE_MS: i32 = 10_000;
     const GUEST: [u8; 6] = [2, 0, 0, 0, 0, 1];
-    const HOST_IP: [u8; 4] = [10, 9, 8, 1];
-    const GUEST_IP: [u8; 4] = [10, 9, 8, 2];
+    pub(crate) const HOST_IP: [u8; 4] = [10, 9, 8, 1];
+    pub(crate) const GUEST_IP: [u8; 4] = [10, 9, 8, 2];
 
     /// A network with a TAP `tap0`, whose host side is [`HOST_IP`] and knows where the guest is.
-    fn wired() -> Option<HostTap> {
+    pub(crate) fn wired() -> Option<HostTap> {
         own_network().then(|| {
             let tap = named("tap0").unwrap();
             // Nothing of IPv6: its announcements would come between.
@@ -534,7 +534,7 @@ mod tests {
     }
 
     /// A UDP datagram from the guest to port 7 of the host, with its `virtio_net_hdr`. No checksum: 0 says none in IPv4.
-    fn datagram(mac: [u8; 6], payload: &[u8]) -> Vec<u8> {
+    pub(crate) fn datagram(mac: [u8; 6], payload: &[u8]) -> Vec<u8> {
         let udp_len = u16::try_from(8 + payload.len()).unwrap();
         let mut ip = vec![0x45, 0];
         ip.extend(be(20 + udp_len));
@@ -562,7 +562,7 @@ mod tests {
         [(number >> 8) as u8, (number & 0xff) as u8]
     }
 
-    fn host_mac() -> [u8; 6] {
+    pub(crate) fn host_mac() -> [u8; 6] {
         let text = std::fs::read_to_string("/proc/self/net/dev").map(|_| ()).map(|()| {
             let done = Command::new("ip")
                 .args(["-o", "link", "show", "tap0"])
