@@ -165,6 +165,102 @@ pub(crate) struct ProcessArgs {
     /// Write every event, one JSON object per line, to a file, a FIFO or an open file descriptor
     #[arg(long, value_name = Monitor::SYNTAX, value_parser = Monitor::parse)]
     pub(crate) event_monitor: Option<Monitor>,
+    #[command(flatten)]
+    pub(crate) confine: ConfineArgs,
+}
+
+/// What a process gives up before its guest runs; see [`confine`](crate::confine).
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Confinement")]
+pub(crate) struct ConfineArgs {
+    /// What happens when the process makes a system call that it never makes: it ends, or the kernel's log says so
+    #[arg(long, value_enum, default_value_t = Seccomp::On)]
+    pub(crate) seccomp: Seccomp,
+    /// Put every file out of reach that the other options do not name
+    #[arg(long)]
+    pub(crate) landlock: bool,
+    /// With --landlock, what is within reach nevertheless, as the directory of snapshots to come; repeats
+    #[arg(long, value_name = LandlockRule::SYNTAX, value_parser = LandlockRule::parse, requires = "landlock")]
+    pub(crate) landlock_rules: Vec<LandlockRule>,
+    /// Run as this user once everything is open; root only
+    #[arg(long, value_name = "UID")]
+    pub(crate) uid: Option<u32>,
+    /// Run as this group once everything is open; root only
+    #[arg(long, value_name = "GID")]
+    pub(crate) gid: Option<u32>,
+    /// Limits on open files and on the size of a file this process writes
+    #[arg(long, value_name = ResourceLimit::SYNTAX, value_parser = ResourceLimit::parse)]
+    pub(crate) resource_limit: Option<ResourceLimit>,
+}
+
+/// `--seccomp`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Seccomp {
+    /// The process ends.
+    On,
+    /// Nothing happens: every call is allowed.
+    Off,
+    /// The kernel's log says so.
+    Log,
+}
+
+/// What may be done with a file or directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FileAccess {
+    /// It may be read.
+    Read,
+    /// It may be read and written, and files in it made and removed.
+    ReadWrite,
+}
+
+/// `--landlock-rules`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LandlockRule {
+    pub(crate) path: PathBuf,
+    pub(crate) access: FileAccess,
+}
+
+impl LandlockRule {
+    const SYNTAX: &'static str = "path=PATH[,access=r|rw]";
+
+    fn parse(text: &str) -> Result<Self, BadValue> {
+        let fields = Fields::of(text, &["path", "access"])?;
+        let access = |key, text: &str| match text {
+            "r" => Ok(FileAccess::Read),
+            "rw" => Ok(FileAccess::ReadWrite),
+            _ => Err(BadValue::new(key, "r or rw", text)),
+        };
+        let path = fields.read("path", |_, text| Ok(PathBuf::from(text)))?;
+        Ok(Self {
+            path: path.ok_or_else(|| BadValue::new("path", Self::SYNTAX, text))?,
+            access: fields.read("access", access)?.unwrap_or(FileAccess::Read),
+        })
+    }
+}
+
+/// `--resource-limit`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ResourceLimit {
+    pub(crate) nofile: Option<u64>,
+    pub(crate) fsize: Option<Bytes>,
+}
+
+impl ResourceLimit {
+    const SYNTAX: &'static str = "[nofile=N][,fsize=SIZE]";
+    /// Fewer open files than this and not even an idle guest's process runs.
+    const NOFILE_LEAST: u64 = 64;
+
+    fn parse(text: &str) -> Result<Self, BadValue> {
+        let fields = Fields::of(text, &["nofile", "fsize"])?;
+        let nofile = |key, text: &str| match text.parse() {
+            Ok(most) if most >= Self::NOFILE_LEAST => Ok(most),
+            _ => Err(BadValue::new(key, "a number of files from 64", text)),
+        };
+        Ok(Self {
+            nofile: fields.read("nofile", nofile)?,
+            fsize: fields.read("fsize", units::size)?,
+        })
+    }
 }
 
 /// Which process to talk to.

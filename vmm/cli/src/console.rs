@@ -27,6 +27,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::terminal::Terminal;
 
 use crate::args::Serial;
+use crate::confine::{self, Class};
 use crate::exit::Failure;
 use crate::limits;
 use crate::socket::PrivateSocket;
@@ -92,7 +93,10 @@ impl Console {
             }
             let keyboard = Arc::clone(&self.keyboard);
             let typing = thread::Builder::new().name("umbra-typing".to_owned());
-            if let Err(error) = typing.spawn(move || type_from_stdin(&keyboard, on_terminal, &stop)) {
+            if let Err(error) = typing.spawn(move || {
+                confine::enter_or_end(Class::Host);
+                type_from_stdin(&keyboard, on_terminal, &stop);
+            }) {
                 tracing::warn!(%error, "standard input is not forwarded");
             }
         }
@@ -206,6 +210,7 @@ impl Ring {
         });
         let writer = Arc::clone(&ring);
         thread::Builder::new().name("umbra-console".to_owned()).spawn(move || {
+            confine::enter_or_end(Class::Host);
             while let Some(bytes) = writer.next() {
                 let broken = to.write_all(&bytes).and_then(|()| to.flush()).is_err();
                 let mut state = writer.state();
@@ -305,6 +310,7 @@ impl Line {
         });
         let server = Arc::clone(&line);
         thread::Builder::new().name("umbra-console".to_owned()).spawn(move || {
+            confine::enter_or_end(Class::Host);
             for client in listener.incoming() {
                 if let Err(error) = client.and_then(|client| server.serve(&client, &keyboard)) {
                     tracing::debug!(%error, "a console client left");

@@ -14,6 +14,7 @@ use umbra_core::phase::{ShadowPhase, SourcePhase};
 
 use crate::api::types::{Event, Timestamp, ms};
 use crate::args::Monitor;
+use crate::confine::{self, Class};
 use crate::exit::Failure;
 use crate::limits;
 
@@ -132,6 +133,7 @@ impl MonitorThread {
         let (queue, events) = mpsc::channel::<Option<Arc<Event>>>();
         let name = thread::Builder::new().name("umbra-events".to_owned());
         let thread = name.spawn(move || {
+            confine::enter_or_end(Class::Host);
             while let Ok(Some(event)) = events.recv() {
                 if let Err(error) = write_line(&mut file, &event) {
                     return tracing::warn!(%error, "the event monitor takes no more");

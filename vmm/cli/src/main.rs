@@ -18,6 +18,7 @@
 //! | [`vm`] | one guest and everything that can be done about it: where the machine and the node meet |
 //! | [`api`], [`events`] | JSON over HTTP on a UNIX socket; what happens, as a stream |
 //! | [`control`], [`status`] | the commands that talk to a process, and how they show what they hear |
+//! | [`confine`] | what the process gives up before its guest runs |
 //! | [`console`], [`socket`] | the guest's serial console; sockets only their owner may use |
 //! | [`demo`] | a guest moves over three bad networks, told so that anybody understands it |
 //! | [`identity`], [`doctor`], [`manual`], [`logging`] | small commands |
@@ -27,6 +28,7 @@
 mod api;
 mod args;
 mod config;
+mod confine;
 mod console;
 mod control;
 mod demo;

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use umbra_core::guest::Guest;
 use umbra_machine::{Machine, MachineConfig, Sharing};
 
-use crate::args::RunArgs;
+use crate::args::{FileAccess, RunArgs};
+use crate::confine::{self, Class, Plans};
 use crate::exit::{Code, Failure};
 use crate::process::{self, Process};
 use crate::say;
@@ -13,9 +14,17 @@ use crate::say;
 /// Run a guest until it, its operator or a switchover ends it here.
 pub(crate) fn run(args: &RunArgs) -> Result<Code, Failure> {
     let config = config(args)?;
+    // A guest that resets is loaded again from its files.
+    let files = std::iter::once(&args.kernel).chain(&args.initrd);
+    let plans = Plans {
+        files: files.map(|path| (path.clone(), FileAccess::Read)).collect(),
+        interfaces: false,
+    };
+    confine::prepare(&args.process, plans)?;
     let process = Process::new(&args.process)?;
     let machine = Machine::launch(&config, Process::sinks(&process.console, &process.vm))?;
     let resident = Process::move_in(&process.console, &process.vm, Arc::clone(&machine));
+    confine::enter(Class::Host)?;
     process.vm.launched(resident, args.paused)?;
     if !args.paused {
         machine.resume().map_err(Failure::failed)?;
