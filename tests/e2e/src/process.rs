@@ -24,6 +24,7 @@ use crate::world::{Bell, PATIENCE, Shared};
 #[derive(Debug)]
 pub(crate) struct Evidence {
     name: String,
+    id: u32,
     command: String,
     began: Instant,
     serial: Arc<Recording>,
@@ -96,6 +97,7 @@ impl Process {
         drop(command); // and with it our copy of the pipe's end
         let evidence = Arc::new(Evidence {
             name: name.to_owned(),
+            id: child.id(),
             command: shown,
             began: Instant::now(),
             serial: Arc::default(),
@@ -130,6 +132,11 @@ impl Process {
     /// What it was called.
     pub fn name(&self) -> &str {
         &self.evidence.name
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.evidence.id
     }
 
     /// Everything the guest said here.

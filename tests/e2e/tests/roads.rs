@@ -94,10 +94,7 @@ fn a_path_cut_while_following_is_a_non_event_and_so_is_its_return() {
         roads.carries(0, Bytes::kib(512))?;
         vm.beats_on(500)?;
         let silence = vm.console.longest_gap(from);
-        ensure!(
-            silence < UNNOTICED,
-            "the guest noticed: silent for {silence:?}"
-        );
+        ensure!(silence < UNNOTICED, "the guest noticed: silent for {silence:?}");
         nothing_restarted(&vm)?;
         arrives_well(vm, shadow, &Move::verified().patient())
     });
@@ -183,10 +180,7 @@ fn a_guest_whose_paths_all_go_dark_runs_on_and_only_what_it_wrote_meanwhile_is_s
         roads.mend_all();
         vm.process.until("the link is back", named("link-up"))?;
         let silence = vm.console.longest_gap(from);
-        ensure!(
-            silence < UNNOTICED,
-            "the guest noticed: silent for {silence:?}"
-        );
+        ensure!(silence < UNNOTICED, "the guest noticed: silent for {silence:?}");
         nothing_restarted(&vm)?;
         arrives_well(vm, shadow, &Move::verified().patient())?;
         let again = roads.delivered().0 - before.0;

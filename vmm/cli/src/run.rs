@@ -5,7 +5,7 @@ use std::sync::Arc;
 use umbra_core::guest::Guest;
 use umbra_machine::{Machine, MachineConfig, Sharing};
 
-use crate::args::{FileAccess, RunArgs};
+use crate::args::RunArgs;
 use crate::confine::{self, Class, Plans};
 use crate::exit::{Code, Failure};
 use crate::process::{self, Process};
@@ -15,12 +15,8 @@ use crate::say;
 pub(crate) fn run(args: &RunArgs) -> Result<Code, Failure> {
     let config = config(args)?;
     // A guest that resets is loaded again from its files.
-    let files = std::iter::once(&args.kernel).chain(&args.initrd);
-    let plans = Plans {
-        files: files.map(|path| (path.clone(), FileAccess::Read)).collect(),
-        interfaces: false,
-    };
-    confine::prepare(&args.process, plans)?;
+    let boot = std::iter::once(&args.kernel).chain(&args.initrd);
+    confine::prepare(&args.process, Plans::of(boot, &args.devices.devices()))?;
     let process = Process::new(&args.process)?;
     let machine = Machine::launch(&config, Process::sinks(&process.console, &process.vm))?;
     let resident = Process::move_in(&process.console, &process.vm, Arc::clone(&machine));

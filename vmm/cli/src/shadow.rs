@@ -22,15 +22,11 @@ pub(crate) fn shadow(args: &ShadowArgs) -> Result<Code, Failure> {
     let peers = process::peers(&args.peers)?;
     // A host without KVM says so now, not when a guest is about to come.
     umbra_machine::probe()?;
-    confine::prepare(&args.process, Plans::default())?;
+    confine::prepare(&args.process, Plans::of([], &args.devices.devices()))?;
     let process = Process::new(&args.process)?;
     let twin = Twin::default();
-<<<<<<< HEAD
     let builder = builder(args, &process, &twin)?;
-=======
-    let builder = builder(args, &process, &twin);
     confine::enter(Class::Host)?;
->>>>>>> 439f820 (cli: a guest's process gives up what it does not need)
     let runtime = process::runtime()?;
     let code = runtime.block_on(async {
         let config = ListenConfig {

@@ -30,6 +30,7 @@
 //! | `board`, `output` | the devices in their places; console output held and released |
 //! | `boot`, `acpi`, `mptable` | kernels of three kinds, and the tables they read |
 //! | [`probe`](mod@probe) | what this host's KVM can do, found by trying |
+//! | `threads` | how its threads start, and who is told |
 //! | `ioctls` | raw calls that kvm-ioctls lacks |
 //! | [`limits`] | every bound |
 //!
@@ -72,6 +73,7 @@ mod memory;
 mod mptable;
 mod output;
 mod state;
+mod threads;
 mod vcpu;
 mod worker;
 
@@ -81,4 +83,5 @@ pub use error::Error;
 pub use fate::ExitReason;
 pub use machine::{Machine, MachineBuilder, Sinks};
 pub use probe::{HostReport, Ring0, Userfaultfd, probe};
+pub use threads::{ThreadClass, on_thread_start};
 pub use umbra_devices::{FaultPlan, Out};

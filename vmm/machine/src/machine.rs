@@ -46,6 +46,7 @@ use crate::probe;
 use crate::state::platform::{self, Platform};
 use crate::state::vcpu::{self as vcpu_state, Host, Processor, VcpuState};
 use crate::state::{Description, Incoming, describe};
+use crate::threads::{self, ThreadClass};
 use crate::vcpu::{RunPage, Thread, Vcpu, lock};
 
 /// What a machine is connected to.
@@ -251,13 +252,11 @@ impl Machine {
             host: self.host.clone(),
             tally: tally.clone(),
         };
-        std::thread::Builder::new()
-            .name(format!("vcpu/{index}"))
-            .spawn(move || thread.work(page))
-            .map_err(|source| Error::Host {
-                doing: "start a vCPU thread",
-                source,
-            })
+        let name = std::thread::Builder::new().name(format!("vcpu/{index}"));
+        threads::spawn(ThreadClass::Vcpu, name, move || thread.work(page)).map_err(|source| Error::Host {
+            doing: "start a vCPU thread",
+            source,
+        })
     }
 
     fn try_pause(&self) {

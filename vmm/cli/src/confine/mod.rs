@@ -28,6 +28,8 @@ use landlock::{
 };
 use rustix::process::{Gid, Resource, Rlimit, Uid, getrlimit, setrlimit};
 use rustix::thread::{self, CapabilitySet, CapabilitySets};
+use umbra_machine::ThreadClass;
+use umbra_machine::config::devices::Devices;
 
 pub(crate) use self::seccomp::Class;
 use crate::args::{ConfineArgs, FileAccess, ProcessArgs, Seccomp, Serial};
@@ -57,6 +59,30 @@ pub(crate) struct Plans {
     pub(crate) interfaces: bool,
 }
 
+impl Plans {
+    /// To boot from `boot` again when the guest resets, and to connect it to `devices`.
+    pub(crate) fn of<'a>(boot: impl IntoIterator<Item = &'a PathBuf>, devices: &Devices) -> Self {
+        let mut files: Vec<_> = boot.into_iter().map(|path| (path.clone(), FileAccess::Read)).collect();
+        files.extend(devices.disk.iter().map(|disk| {
+            let access = if disk.readonly == Some(true) {
+                FileAccess::Read
+            } else {
+                FileAccess::ReadWrite
+            };
+            (disk.path.clone(), access)
+        }));
+        files.extend(devices.rng.iter().map(|rng| (rng.src.clone(), FileAccess::Read)));
+        // Sockets for the guest's connections are looked for beside it.
+        let sockets = devices.vsock.iter().map(|vsock| directory(&vsock.socket));
+        files.extend(sockets.map(|directory| (directory, FileAccess::ReadWrite)));
+        let interfaces = devices.net.iter().any(|net| net.tap.is_some());
+        if interfaces {
+            files.push(("/dev/net/tun".into(), FileAccess::ReadWrite));
+        }
+        Self { files, interfaces }
+    }
+}
+
 /// Decide what this process keeps; before it starts its first thread. Limits are set at once.
 pub(crate) fn prepare(process: &ProcessArgs, plans: Plans) -> Result<(), Failure> {
     let args = &process.confine;
@@ -65,7 +91,9 @@ pub(crate) fn prepare(process: &ProcessArgs, plans: Plans) -> Result<(), Failure
         (None, None) => None,
         (uid, gid) => {
             if !rustix::process::geteuid().is_root() {
-                return Err(Failure::arguments("uid, gid: only root can run a guest as somebody else"));
+                return Err(Failure::arguments(
+                    "uid, gid: only root can run a guest as somebody else",
+                ));
             }
             let uid = uid.map_or_else(rustix::process::geteuid, Uid::from_raw);
             let gid = gid.map_or_else(rustix::process::getegid, Gid::from_raw);
@@ -83,7 +111,14 @@ pub(crate) fn prepare(process: &ProcessArgs, plans: Plans) -> Result<(), Failure
         files: args.landlock.then(|| within_reach(process, plans.files)),
     };
     KEPT.set(kept)
-        .map_err(|_| Failure::failed("this process was confined already"))
+        .map_err(|_| Failure::failed("this process was confined already"))?;
+    umbra_machine::on_thread_start(|class| {
+        enter_or_end(match class {
+            ThreadClass::Vcpu => Class::Vcpu,
+            ThreadClass::Device => Class::Host,
+        });
+    });
+    Ok(())
 }
 
 /// Confine the calling thread, and those it makes from now on. Without [`prepare`], as in tests, nothing happens.
@@ -164,12 +199,14 @@ fn within_reach(process: &ProcessArgs, plans: Vec<(PathBuf, FileAccess)>) -> Vec
         _ => None,
     };
     let sockets = process.api_socket.iter().chain(serial);
-    let directory = |path: &PathBuf| path.parent().filter(|parent| *parent != Path::new("")).map(Path::to_owned);
-    files.extend(sockets.map(|path| {
-        let directory = directory(path).unwrap_or_else(|| PathBuf::from("."));
-        (directory, AccessFs::RemoveFile.into())
-    }));
+    files.extend(sockets.map(|path| (directory(path), AccessFs::RemoveFile.into())));
     files
+}
+
+/// Where a file lies.
+fn directory(path: &Path) -> PathBuf {
+    let parent = path.parent().filter(|parent| *parent != Path::new(""));
+    parent.unwrap_or(Path::new(".")).to_owned()
 }
 
 /// The process's resource limits.
@@ -183,8 +220,14 @@ fn limit(args: &ConfineArgs) -> Result<(), Failure> {
     for (resource, most) in limits {
         let ceiling = getrlimit(resource).maximum;
         let most = Some(ceiling.map_or(most, |ceiling| most.min(ceiling)));
-        setrlimit(resource, Rlimit { current: most, maximum: most })
-            .map_err(Failure::on(format!("cannot set the limit on {resource:?}")))?;
+        setrlimit(
+            resource,
+            Rlimit {
+                current: most,
+                maximum: most,
+            },
+        )
+        .map_err(Failure::on(format!("cannot set the limit on {resource:?}")))?;
     }
     Ok(())
 }

@@ -210,7 +210,13 @@ mod tests {
         ] {
             assert!(HOST.contains(&call) && !EVERY.contains(&call), "{call}");
         }
-        for call in [libc::SYS_execve, libc::SYS_ptrace, libc::SYS_mount, libc::SYS_bpf, libc::SYS_fork] {
+        for call in [
+            libc::SYS_execve,
+            libc::SYS_ptrace,
+            libc::SYS_mount,
+            libc::SYS_bpf,
+            libc::SYS_fork,
+        ] {
             assert!(!HOST.contains(&call) && !EVERY.contains(&call), "{call}");
         }
     }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use crate::error::Error;
+use crate::threads::{self, ThreadClass};
 
 /// Something to do once.
 type Job = Box<dyn FnOnce() + Send>;
@@ -47,11 +48,11 @@ impl Pool {
         };
         for _ in 0..threads {
             let shared = pool.shared.clone();
-            let thread = std::thread::Builder::new()
+            let builder = std::thread::Builder::new()
                 .name(name.to_owned())
-                .stack_size(STACK_BYTES)
-                .spawn(move || shared.work())
-                .map_err(|source| Error::Host {
+                .stack_size(STACK_BYTES);
+            let thread =
+                threads::spawn(ThreadClass::Device, builder, move || shared.work()).map_err(|source| Error::Host {
                     doing: "start an I/O thread",
                     source,
                 })?;

@@ -34,6 +34,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::error::Error;
+use crate::threads::{self, ThreadClass};
 
 /// One device's place at a worker.
 pub(crate) struct Post {
@@ -82,16 +83,15 @@ impl Worker {
             call: event().map_err(failed)?,
         });
         let bench = Bench::new(posts, &orders).map_err(failed)?;
-        let thread = std::thread::Builder::new()
-            .name(name.to_owned())
-            .spawn({
-                let orders = orders.clone();
-                move || {
-                    let _gone = Gone(&orders);
-                    bench.run(&orders);
-                }
-            })
-            .map_err(failed)?;
+        let builder = std::thread::Builder::new().name(name.to_owned());
+        let thread = threads::spawn(ThreadClass::Device, builder, {
+            let orders = orders.clone();
+            move || {
+                let _gone = Gone(&orders);
+                bench.run(&orders);
+            }
+        })
+        .map_err(failed)?;
         Ok(Self {
             orders,
             thread: Some(thread),
