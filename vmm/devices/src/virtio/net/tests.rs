@@ -15,6 +15,7 @@ use vm_memory::GuestAddress;
 use super::*;
 use crate::contract::Device as _;
 use crate::virtio::limiter::{Limits, Rate};
+use crate::virtio::testing::hostile::{self, Storm};
 use crate::virtio::testing::{Driver, Placed, virtio_tests};
 use crate::virtio::{Wake, bit};
 
@@ -466,6 +467,26 @@ fn a_flood_from_the_guest_does_not_keep_frames_from_it() {
         }
     }
     assert!(driver.used(RECEIVE).is_some());
+}
+
+/// A driver that means no good, while frames come and the world takes none now and then.
+#[test]
+fn frames_meet_any_driver_and_the_card_survives() {
+    for seed in 0..1000 {
+        let (world, mut driver) = world();
+        let mut storm = Storm::new(seed);
+        for n in 0..60 {
+            match storm.rng().below(4) {
+                0 => world.comes(frame(n, FRAME_LEAST + storm.rng().below(60_000) as usize)),
+                1 => world.full.store(storm.rng().chance(0.3), Ordering::Relaxed),
+                _ => storm.rage(&mut driver, 1),
+            }
+            driver.mmio.work().world(driver.now);
+            world.take_sent();
+        }
+        hostile::recover(&mut driver);
+        assert_eq!(driver.request(CONTROL, &[&ANNOUNCED], 1), Some(vec![0]), "seed {seed}");
+    }
 }
 
 #[test]
