@@ -18,7 +18,7 @@ const MAGIC: u8 = 0xb1;
 const LZ4: u8 = 1;
 /// Flag: the batch closes its epoch.
 const CLOSES: u8 = 2;
-const HEADER_BYTES: usize = 1 + 1 + 8 + 8 + 8 + 4 + 4;
+pub(crate) const HEADER_BYTES: usize = 1 + 1 + 8 + 8 + 8 + 4 + 4;
 /// space, page number, encoding, length, hash
 const ENTRY_BYTES: usize = 2 + 4 + 1 + 2 + 8;
 

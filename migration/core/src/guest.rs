@@ -80,6 +80,16 @@ impl Harvest {
     pub fn count(&self) -> PageCount {
         self.dirty.iter().map(|(_, set)| set.count()).sum()
     }
+
+    /// Put every page of `other` in.
+    pub fn join(&mut self, other: &Self) {
+        for (space, set) in &other.dirty {
+            match self.dirty.iter_mut().find(|(mine, _)| mine == space) {
+                Some((_, mine)) => mine.union_with(set),
+                None => self.dirty.push((*space, set.clone())),
+            }
+        }
+    }
 }
 
 /// A piece of saved state that only its owner understands: a vCPU's registers, a device's queues.

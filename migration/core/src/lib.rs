@@ -15,6 +15,7 @@
 //! | [`source`], [`shadow`] | the two state machines |
 //! | [`predict`], [`report`] | how long will the pause be, and where did it go? |
 //! | [`wire`] | what do the two say to each other? |
+//! | [`snapshot`] | what is a guest kept in files? |
 //! | [`event`], [`error`] | what happened, and whose fault was it? |
 //! | [`limits`] | how much may a peer make us hold? |
 //!
@@ -34,5 +35,6 @@ pub mod phase;
 pub mod predict;
 pub mod report;
 pub mod shadow;
+pub mod snapshot;
 pub mod source;
 pub mod wire;

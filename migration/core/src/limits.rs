@@ -47,3 +47,18 @@ pub const BATCHES_BEYOND: usize = 2 * BATCHES_IN_FLIGHT;
 
 /// Most reasons a shadow gives against a switchover.
 pub const REASONS: usize = 32;
+
+/// Largest manifest of a snapshot: every space with every run of pages it may have, as text.
+pub const SNAPSHOT_MANIFEST_BYTES: u64 = 4 << 20;
+
+/// Largest state part of a snapshot: a description and the records of a cut.
+pub const SNAPSHOT_STATE_BYTES: u64 = 16 << 20;
+
+/// Largest index of a snapshot: 16 million batches, which are 16 TiB of full ones.
+pub const SNAPSHOT_INDEX_BYTES: u64 = 64 << 20;
+
+/// Most snapshots that one restore goes through: a full one and what was made from it.
+pub const SNAPSHOT_CHAIN: usize = 256;
+
+/// Longest name of a guest, and of a folder, that a manifest may hold.
+pub const SNAPSHOT_NAME_BYTES: usize = 255;

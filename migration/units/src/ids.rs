@@ -81,6 +81,10 @@ opaque! {
     /// One source and one shadow working together: 16 random bytes drawn by the source for each attempt.
     SessionId
 }
+opaque! {
+    /// A guest's state kept in files: 16 random bytes drawn for each snapshot.
+    SnapshotId
+}
 
 #[cfg(test)]
 mod tests {

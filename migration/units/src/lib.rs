@@ -9,7 +9,7 @@
 //! | [`memory`] | [`Pfn`], [`Gpa`], [`PageCount`], [`SpaceId`], [`PageId`], [`PageSet`] |
 //! | [`size`] | [`Bytes`], [`Bandwidth`], [`Ratio`] |
 //! | [`time`] | [`Now`] |
-//! | [`ids`] | [`Epoch`], [`Term`], [`BatchId`], [`GuestId`], [`SessionId`], [`PathId`] |
+//! | [`ids`] | [`Epoch`], [`Term`], [`BatchId`], [`GuestId`], [`SessionId`], [`SnapshotId`], [`PathId`] |
 //! | [`cursor`] | [`Reader`] and [`Writer`]: the only way bytes become numbers |
 //! | [`rng`] | [`Rng`] |
 #![forbid(unsafe_code)]
@@ -22,7 +22,7 @@ pub mod size;
 pub mod time;
 
 pub use cursor::{Malformed, Reader, Writer};
-pub use ids::{BatchId, Epoch, GuestId, PathId, SessionId, Term};
+pub use ids::{BatchId, Epoch, GuestId, PathId, SessionId, SnapshotId, Term};
 pub use memory::{Gpa, PAGE_SIZE, PageCount, PageId, PageSet, Pfn, SpaceId};
 pub use rng::Rng;
 pub use size::{Bandwidth, Bytes, Ratio};

@@ -16,6 +16,8 @@
 //!                                                                                             └─────────────┘
 //! ```
 //!
+//! Beside the sessions stands [`snapshot`]: the same guests, kept in files.
+//!
 //! A *task* is an async loop around one sans-IO state machine; a *hand* is a thread that does what blocks or computes.
 //! This crate reads the only clock in the product ([`Clock`]). It cannot reach `vmm/machine`.
 #![forbid(unsafe_code)]
@@ -25,6 +27,7 @@ mod error;
 mod hands;
 mod link;
 pub mod shadow;
+pub mod snapshot;
 pub mod source;
 
 pub use clock::Clock;

@@ -36,7 +36,7 @@ pub struct Encoded {
 }
 
 /// What the source remembers of what it shipped in one session.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Encoder {
     /// Per space and page, the hash of the content last shipped: zeros at first, as at a new shadow.
     shipped: BTreeMap<SpaceId, Vec<PageHash>>,
@@ -175,7 +175,7 @@ impl Encoder {
 }
 
 /// Contents last shipped, of pages that ship often; the longest unused goes first.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Cache {
     most: usize,
     clock: u64,
@@ -184,7 +184,7 @@ struct Cache {
     by_use: BTreeMap<u64, PageId>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Kept {
     batch: BatchId,
     used: u64,
