@@ -233,7 +233,7 @@ impl Virtio for Balloon {
     }
 
     fn kind(&self) -> &str {
-        "balloon"
+        "balloon/0"
     }
 
     fn queues(&self) -> Vec<u16> {
@@ -319,6 +319,6 @@ impl fmt::Debug for Balloon {
 
 impl fmt::Debug for Wiring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Wiring(balloon, {} pages of {})", self.target, self.most)
+        write!(f, "Wiring(balloon/0, {} pages of {})", self.target, self.most)
     }
 }

@@ -421,7 +421,7 @@ impl Virtio for Vsock {
     }
 
     fn kind(&self) -> &str {
-        "vsock"
+        "vsock/0"
     }
 
     fn queues(&self) -> Vec<u16> {
@@ -484,6 +484,6 @@ impl fmt::Debug for Vsock {
 
 impl fmt::Debug for Wiring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Wiring(vsock, CID {})", self.cid)
+        write!(f, "Wiring(vsock/0, CID {})", self.cid)
     }
 }
