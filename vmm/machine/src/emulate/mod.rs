@@ -29,6 +29,8 @@
 mod decode;
 mod event;
 mod execute;
+#[cfg(test)]
+mod tests;
 mod walk;
 
 use std::fmt;
