@@ -75,6 +75,9 @@ pub(crate) enum Command {
     Identity(IdentityCommand),
     /// Find out what this host's KVM can do, by trying
     Doctor(DoctorArgs),
+    /// What guests may see of this host's processor, and how two processors differ
+    #[command(subcommand)]
+    Cpu(CpuCommand),
     /// Watch a guest move over three bad networks, two of which are cut on the way
     Demo(DemoArgs),
     /// Print a completion script
@@ -95,7 +98,7 @@ pub(crate) struct RunArgs {
     /// The kernel's command line
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub(crate) cmdline: String,
-    /// How many vCPUs
+    /// How many vCPUs, and what the guest sees of the processor (`umbra cpu templates`)
     #[arg(long, value_name = Cpus::SYNTAX, value_parser = Cpus::parse, default_value = "boot=1")]
     pub(crate) cpus: Cpus,
     /// How much memory, and whether it lies in a memfd that others can map
@@ -394,6 +397,35 @@ pub(crate) struct DoctorArgs {
     pub(crate) json: bool,
 }
 
+/// `umbra cpu`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum CpuCommand {
+    /// List the templates for `umbra run --cpus boot=N,template=NAME`
+    Templates,
+    /// Print what a guest would see here, as a template that another host can be compared with
+    Show(CpuShowArgs),
+    /// Name every feature in which two processors differ; exit code 1 if the second lacks any
+    Compare(CpuCompareArgs),
+}
+
+/// `umbra cpu show`.
+#[derive(Debug, Args)]
+pub(crate) struct CpuShowArgs {
+    /// As this template shows it
+    #[arg(default_value = "host")]
+    pub(crate) template: String,
+}
+
+/// `umbra cpu compare`.
+#[derive(Debug, Args)]
+pub(crate) struct CpuCompareArgs {
+    /// What a guest has: `host` for all of this host, a template's name, or a file that `umbra cpu show` wrote
+    pub(crate) guest: String,
+    /// Where it shall run, likewise
+    #[arg(default_value = "host")]
+    pub(crate) here: String,
+}
+
 /// `umbra demo`.
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
@@ -420,11 +452,15 @@ pub(crate) struct ManArgs {
 }
 
 /// `--cpus`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Cpus(pub(crate) u8);
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Cpus {
+    pub(crate) boot: u8,
+    /// What the guest sees of the processor: a template's name, or its file.
+    pub(crate) template: Option<String>,
+}
 
 impl Cpus {
-    const SYNTAX: &'static str = "N|boot=N";
+    const SYNTAX: &'static str = "N|boot=N[,template=NAME|FILE]";
 
     fn parse(text: &str) -> Result<Self, BadValue> {
         let most = umbra_machine::limits::CPUS;
@@ -432,8 +468,17 @@ impl Cpus {
             Ok(cpus) if (1..=most).contains(&cpus) => Ok(cpus),
             _ => Err(BadValue::new(key, &format!("a number from 1 to {most}"), text)),
         };
-        let boot = Fields::of(text, &["boot"])?.read("boot", number)?;
-        boot.map(Self).ok_or_else(|| BadValue::new("boot", Self::SYNTAX, text))
+        let fields = Fields::of(text, &["boot", "template"])?;
+        let boot = fields.read("boot", number)?;
+        let boot = boot.ok_or_else(|| BadValue::new("boot", Self::SYNTAX, text))?;
+        let template = fields.read("template", |_, text| Ok(text.to_owned()))?;
+        Ok(Self { boot, template })
+    }
+
+    /// So many, seen as the host suggests.
+    #[cfg(test)]
+    pub(crate) const fn plain(boot: u8) -> Self {
+        Self { boot, template: None }
     }
 }
 
@@ -604,7 +649,7 @@ mod tests {
         assert_eq!(
             (run.cpus, run.memory),
             (
-                Cpus(2),
+                Cpus::plain(2),
                 Memory {
                     size: Bytes::mib(512),
                     shared: false
@@ -619,7 +664,7 @@ mod tests {
         assert_eq!(
             (run.cpus, run.memory),
             (
-                Cpus(4),
+                Cpus::plain(4),
                 Memory {
                     size: Bytes::mib(1024),
                     shared: true
@@ -631,7 +676,7 @@ mod tests {
         };
         assert_eq!(
             (run.cpus, run.memory.size, run.process.serial),
-            (Cpus(1), Bytes::mib(256), Serial::Stdio)
+            (Cpus::plain(1), Bytes::mib(256), Serial::Stdio)
         );
     }
 
@@ -640,11 +685,11 @@ mod tests {
         for (line, expected) in [
             (
                 "run --kernel k --cpus 0",
-                "error: invalid value '0' for '--cpus <N|boot=N>': boot: expected a number from 1 to 32, got '0'",
+                "error: invalid value '0' for '--cpus <N|boot=N[,template=NAME|FILE]>': boot: expected a number from 1 to 32, got '0'",
             ),
             (
                 "run --kernel k --cpus max=2",
-                "error: invalid value 'max=2' for '--cpus <N|boot=N>': key: expected one of boot, got 'max'",
+                "error: invalid value 'max=2' for '--cpus <N|boot=N[,template=NAME|FILE]>': key: expected one of boot, template, got 'max'",
             ),
             (
                 "run --kernel k --memory size=1X",

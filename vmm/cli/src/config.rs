@@ -300,13 +300,13 @@ mod tests {
         let content = "kernel = \"k\"\ncpus = 4\npaused = true\nverbose = 2\n\
                        memory = { size = \"1G\", shared = false }\ncmdline = \"a=b,c --d\"\n";
         let args = run(content, "umbra run --config FILE");
-        assert_eq!((args.cpus, args.paused), (Cpus(4), true));
+        assert_eq!((args.cpus, args.paused), (Cpus::plain(4), true));
         assert_eq!((args.memory.size.0, args.memory.shared), (1 << 30, false));
         assert_eq!(args.cmdline, "a=b,c --d");
         let args = run(content, "umbra run --cpus 2 --config FILE --memory 2G");
         assert_eq!(
             (args.cpus, args.memory.size.0, args.memory.shared),
-            (Cpus(2), 2 << 30, true)
+            (Cpus::plain(2), 2 << 30, true)
         );
     }
 
@@ -342,7 +342,7 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!(first, second);
-        assert_eq!(run(&first, "umbra run --config FILE").cpus, Cpus(3));
+        assert_eq!(run(&first, "umbra run --config FILE").cpus, Cpus::plain(3));
     }
 
     #[test]

@@ -21,7 +21,7 @@
 //! | [`confine`] | what the process gives up before its guest runs |
 //! | [`console`], [`socket`] | the guest's serial console; sockets only their owner may use |
 //! | [`demo`] | a guest moves over three bad networks, told so that anybody understands it |
-//! | [`identity`], [`doctor`], [`manual`], [`logging`] | small commands |
+//! | [`identity`], [`doctor`], [`cpu`], [`manual`], [`logging`] | small commands |
 //! | [`exit`], [`limits`], [`say`] | exit codes, bounds, printing |
 #![forbid(unsafe_code)]
 
@@ -31,6 +31,7 @@ mod config;
 mod confine;
 mod console;
 mod control;
+mod cpu;
 mod demo;
 mod devices;
 mod doctor;
@@ -102,6 +103,7 @@ fn dispatch(command: &Command) -> Result<Code, Failure> {
         Command::Events(args) => control::events(args),
         Command::Identity(command) => identity::identity(command),
         Command::Doctor(args) => doctor::doctor(args),
+        Command::Cpu(command) => cpu::cpu(command),
         Command::Demo(args) => demo::demo(args),
         Command::Completions(args) => Ok(manual::completions(args)),
         Command::Man(args) => manual::man(args),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use umbra_core::guest::Guest;
-use umbra_machine::{Machine, MachineConfig, Sharing};
+use umbra_machine::{Machine, MachineConfig, Sharing, Template};
 
 use crate::args::RunArgs;
 use crate::confine::{self, Class, Plans};
@@ -42,10 +42,13 @@ fn config(args: &RunArgs) -> Result<MachineConfig, Failure> {
     } else {
         Sharing::Private
     };
-    let mut config = MachineConfig::new(&args.kernel, args.cpus.0, args.memory.size)?
+    let mut config = MachineConfig::new(&args.kernel, args.cpus.boot, args.memory.size)?
         .with_sharing(sharing)
         .with_devices(args.devices.devices())?
         .with_cmdline(args.cmdline.clone())?;
+    if let Some(template) = &args.cpus.template {
+        config = config.with_template(Template::find(template)?);
+    }
     if let Some(initrd) = &args.initrd {
         config = config.with_initrd(initrd);
     }

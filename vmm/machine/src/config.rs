@@ -15,6 +15,7 @@ use umbra_core::guest::Space;
 
 use self::devices::Devices;
 use crate::boot::Source;
+use crate::cpu::Template;
 use crate::error::Error;
 use crate::limits;
 
@@ -28,6 +29,7 @@ pub struct MachineConfig {
     /// Always [complete](Devices::complete).
     devices: Devices,
     fault: Option<FaultPlan>,
+    template: Option<Template>,
 }
 
 /// What of a machine its twin must match: how many vCPUs, how much memory, and how that is kept.
@@ -69,6 +71,7 @@ impl MachineConfig {
             shape,
             devices: Devices::default(),
             fault: None,
+            template: None,
         })
     }
 
@@ -106,6 +109,14 @@ impl MachineConfig {
     #[must_use]
     pub const fn with_sharing(mut self, sharing: Sharing) -> Self {
         self.shape.sharing = sharing;
+        self
+    }
+
+    /// Show the guest of its processor what this template allows. Without one it is `host`, and `emulated` where KVM
+    /// emulates the guest's kernel.
+    #[must_use]
+    pub fn with_template(mut self, template: Template) -> Self {
+        self.template = Some(template);
         self
     }
 
@@ -147,6 +158,10 @@ impl MachineConfig {
     /// Its virtio devices, every disk and interface with an id.
     pub const fn devices(&self) -> &Devices {
         &self.devices
+    }
+
+    pub(crate) const fn template(&self) -> Option<&Template> {
+        self.template.as_ref()
     }
 
     pub(crate) const fn fault(&self) -> Option<&FaultPlan> {

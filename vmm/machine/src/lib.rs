@@ -26,7 +26,7 @@
 //! | `emulate`, `fallback` | instructions that KVM's emulator does not know, on hosts that need it |
 //! | `counters` | what vCPUs left the guest for |
 //! | `state` | records: what travels beside memory, and in which order |
-//! | `cpuid` | what processor the guest sees, and whether another host can be it |
+//! | [`cpu`] | what processor the guest sees, and whether another host can be it |
 //! | `board`, `output` | the devices in their places; console output held and released |
 //! | `boot`, `acpi`, `mptable` | kernels of three kinds, and the tables they read |
 //! | [`probe`](mod@probe) | what this host's KVM can do, found by trying |
@@ -52,6 +52,7 @@
 //! twin that a host cannot be is refused when it is *built*, by the name of what is missing, long before the guest moves.
 
 pub mod config;
+pub mod cpu;
 pub mod error;
 pub mod limits;
 pub mod machine;
@@ -62,7 +63,6 @@ mod backend;
 mod board;
 mod boot;
 mod counters;
-mod cpuid;
 mod dirty;
 mod emulate;
 mod fallback;
@@ -79,6 +79,7 @@ mod worker;
 
 pub use config::{MachineConfig, Shape, Sharing};
 pub use counters::{Counters, VcpuCounters};
+pub use cpu::Template;
 pub use error::Error;
 pub use fate::ExitReason;
 pub use machine::{Machine, MachineBuilder, Sinks};

@@ -26,6 +26,15 @@ pub const DEVICE_KIND_BYTES: usize = 64;
 /// Leaves of a CPUID table: `KVM_MAX_CPUID_ENTRIES` of the kernel.
 pub const CPUID_ENTRIES: usize = 256;
 
+/// Bytes of a CPU template's file.
+pub const TEMPLATE_BYTES: u64 = 64 << 10;
+
+/// Ranges of MSRs that may be hidden: `KVM_MSR_FILTER_MAX_RANGES` of the kernel.
+pub const MSR_RANGES: usize = 16;
+
+/// MSRs of one such range: a bit each in `KVM_MSR_FILTER_MAX_BITMAP_SIZE` bytes.
+pub const MSRS_OF_A_RANGE: u32 = 0x600 * 8;
+
 /// MSRs in a vCPU's record: `KVM_MAX_MSR_ENTRIES` of kvm-bindings.
 pub const MSRS: usize = 256;
 

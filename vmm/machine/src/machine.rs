@@ -34,7 +34,7 @@ use crate::boot;
 use crate::config::devices::Devices;
 use crate::config::{MachineConfig, Shape};
 use crate::counters::{Counters, Tally};
-use crate::cpuid::Cpuid;
+use crate::cpu::{self, Cpuid, MsrRange, Template};
 use crate::dirty::{DirtyBitmap, Tracker};
 use crate::error::Error;
 use crate::fate::{ExitReason, Fate, OnExit};
@@ -105,7 +105,7 @@ impl Machine {
     pub fn launch(config: &MachineConfig, sinks: Sinks) -> Result<Arc<Self>, Error> {
         let plan = Plan {
             shape: config.shape(),
-            cpu: None,
+            cpu: WantedCpu::Template(config.template()),
             devices: Wanted::Launched(config.devices()),
             fault: config.fault(),
         };
@@ -197,7 +197,7 @@ impl Machine {
                 tell_of_pause: false,
             })));
         }
-        let host = give_cpu(&kvm, &vm, &vcpus, plan)?;
+        let (host, hidden_msrs) = give_cpu(&kvm, &vm, &vcpus, plan)?;
         let processor = lock(&vcpus[0]).processor.clone();
         let devices = board.kinds();
         let description = Description {
@@ -205,6 +205,7 @@ impl Machine {
             devices,
             virtio: board.specs().to_vec(),
             processor,
+            hidden_msrs,
         };
         let mut machine = Self {
             tracker: Tracker::new(Box::new(log), memory.space()),
@@ -433,8 +434,7 @@ fn worth_parallel(vcpus: usize) -> bool {
 /// What to assemble.
 struct Plan<'a> {
     shape: Shape,
-    /// For a twin: the processor of the guest it is to be.
-    cpu: Option<&'a Processor>,
+    cpu: WantedCpu<'a>,
     devices: Wanted<'a>,
     fault: Option<&'a FaultPlan>,
 }
@@ -465,8 +465,16 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, Error> {
     Ok(vm)
 }
 
-/// Make every vCPU the processor it is to be; says what the host can.
-fn give_cpu(kvm: &Kvm, vm: &VmFd, vcpus: &[Arc<Mutex<Vcpu>>], plan: &Plan<'_>) -> Result<Host, Error> {
+/// What processor a machine is to have.
+enum WantedCpu<'a> {
+    /// As this template shows it, or the one that suits the host.
+    Template(Option<&'a Template>),
+    /// For a twin: as the guest it is to be has it, with these MSRs hidden.
+    Like(&'a Processor, &'a [MsrRange]),
+}
+
+/// Make every vCPU the processor it is to be; says what the host can, and which MSRs are hidden.
+fn give_cpu(kvm: &Kvm, vm: &VmFd, vcpus: &[Arc<Mutex<Vcpu>>], plan: &Plan<'_>) -> Result<(Host, Vec<MsrRange>), Error> {
     let cpus = plan.shape.cpus();
     let supported = Cpuid::supported(kvm, cpus)?;
     let mut first = lock(&vcpus[0]);
@@ -475,33 +483,49 @@ fn give_cpu(kvm: &Kvm, vm: &VmFd, vcpus: &[Arc<Mutex<Vcpu>>], plan: &Plan<'_>) -
     supported.for_vcpu(0, cpus).give_to(&first.fd)?;
     first.processor = Processor::of(&first.fd)?;
     let possible = first.processor.clone();
-    if let Some(missing) = plan.cpu.and_then(|cpu| cpu.cpuid.beyond(&possible.cpuid)) {
-        return Err(Error::Incompatible(format!("cpu: this host lacks {missing}")));
-    }
-    let host = Host::learn(kvm, vm, &first.fd, possible.cpuid)?;
+    let host = Host::learn(kvm, vm, &first.fd, possible.cpuid.clone())?;
     drop(first);
-    let emulating = plan.cpu.is_none() && probe::emulates_kernels(kvm);
-    let shown = if emulating {
-        supported.for_emulating_host()
-    } else {
-        supported
+    let (wanted, hidden) = match plan.cpu {
+        WantedCpu::Like(cpu, hidden) => {
+            if let Some(missing) = cpu.cpuid.beyond(&possible.cpuid) {
+                return Err(Error::Incompatible(format!("cpu: this host lacks {missing}")));
+            }
+            (cpu.clone(), hidden.to_vec())
+        }
+        WantedCpu::Template(template) => {
+            let template = template.cloned().unwrap_or_else(|| cpu::suitable(kvm));
+            let missing = template.needs().beyond(&possible.cpuid.features());
+            if !missing.is_empty() {
+                return Err(Error::Config {
+                    field: "cpus",
+                    expected: format!("template {}: this host lacks {}", template.name(), missing.join(", ")),
+                });
+            }
+            let cpuid = supported.shown_by(&template);
+            let processor = Processor {
+                tsc_khz: possible.tsc_khz,
+                cpuid,
+            };
+            (processor, template.hidden_msrs().to_vec())
+        }
     };
-    let (tsc_khz, cpuid) = plan
-        .cpu
-        .map_or((possible.tsc_khz, &shown), |cpu| (cpu.tsc_khz, &cpu.cpuid));
+    cpu::hide_msrs(vm, &hidden)?;
     for vcpu in vcpus {
         let Vcpu {
             index, fd, processor, ..
         } = &mut *lock(vcpu);
         processor.become_like(
             &Processor {
-                tsc_khz,
-                cpuid: cpuid.for_vcpu(*index, cpus),
+                tsc_khz: wanted.tsc_khz,
+                cpuid: wanted.cpuid.for_vcpu(*index, cpus),
             },
             fd,
         )?;
     }
-    Ok(host)
+    if matches!(plan.cpu, WantedCpu::Template(_)) {
+        cpu::tell_of_what_shows_anyway(&lock(&vcpus[0]).processor.cpuid, &wanted.cpuid);
+    }
+    Ok((host, hidden))
 }
 
 fn same_devices(theirs: &[String], mine: &[String]) -> Result<(), Error> {
@@ -655,7 +679,7 @@ impl MachineBuilder {
         let has_fault = wanted.devices.iter().any(|kind| kind == "fault/0");
         let plan = Plan {
             shape: wanted.shape,
-            cpu: Some(&wanted.processor),
+            cpu: WantedCpu::Like(&wanted.processor, &wanted.hidden_msrs),
             devices: Wanted::Described(&wanted.virtio, &self.devices),
             fault: has_fault.then_some(&self.fault),
         };
@@ -736,7 +760,7 @@ mod tests {
         let shape = Shape::new(4, Bytes::mib(8), Sharing::Shared).unwrap();
         let plan = Plan {
             shape,
-            cpu: None,
+            cpu: WantedCpu::Template(None),
             devices: Wanted::Launched(&Devices::default()),
             fault: None,
         };

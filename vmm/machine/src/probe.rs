@@ -220,7 +220,7 @@ fn try_ring0(kvm: &Kvm) -> Result<Ring0, Error> {
 
 fn run_flat(vm: &VmFd, kvm: &Kvm, rip: u64) -> Result<Ring0, Error> {
     let mut vcpu = vm.create_vcpu(0).map_err(Error::kvm("create a vCPU"))?;
-    crate::cpuid::Cpuid::supported(kvm, 1)?.for_vcpu(0, 1).give_to(&vcpu)?;
+    crate::cpu::Cpuid::supported(kvm, 1)?.for_vcpu(0, 1).give_to(&vcpu)?;
     let mut sregs = vcpu.get_sregs().map_err(Error::kvm("read special registers"))?;
     let flat = |type_| kvm_segment {
         limit: 0xffff_ffff,

@@ -2,7 +2,8 @@
 //!
 //! Version 2: memory in bytes `u64`; shared (1) or private (0) `u8`; vCPUs `u8`; runs of RAM as a `u32` count and first
 //! page and page count `u64` each; device names as a `u32` count and length-prefixed texts; virtio devices as in
-//! [`crate::board::spec`]; TSC frequency in kHz `u32`; the CPUID table all vCPUs share, as in [`super::vcpu`].
+//! [`crate::board::spec`]; TSC frequency in kHz `u32`; the CPUID table all vCPUs share, as in [`super::vcpu`];
+//! MSRs hidden from the guest as a `u32` count and the first and last of each range, `u32` each.
 //!
 //! The layout follows from the memory's size in *this* build; that it is written down lets another build with another
 //! rule notice.
@@ -12,7 +13,7 @@ use umbra_units::{Bytes, Malformed, PageCount, Pfn, Reader, Writer};
 
 use crate::board::spec::Spec;
 use crate::config::{Shape, Sharing};
-use crate::cpuid::Cpuid;
+use crate::cpu::{Cpuid, MsrRange};
 use crate::error::Error;
 use crate::limits;
 use crate::state::vcpu::Processor;
@@ -32,6 +33,8 @@ pub(crate) struct Description {
     pub(crate) virtio: Vec<Spec>,
     /// What vCPU 0 is; the others differ in their numbers only.
     pub(crate) processor: Processor,
+    /// What the guest does not see.
+    pub(crate) hidden_msrs: Vec<MsrRange>,
 }
 
 impl Description {
@@ -53,6 +56,10 @@ impl Description {
         self.virtio.iter().for_each(|spec| spec.encode(&mut w));
         w.u32(self.processor.tsc_khz);
         self.processor.cpuid.encode(&mut w);
+        w.u32(len(self.hidden_msrs.len()));
+        for range in &self.hidden_msrs {
+            w.u32(range.first).u32(range.last);
+        }
         StateRecord {
             kind: KIND.to_owned(),
             version: VERSION,
@@ -86,6 +93,7 @@ impl Description {
             devices: raw.devices,
             virtio: raw.virtio,
             processor: raw.processor,
+            hidden_msrs: raw.hidden_msrs,
         })
     }
 }
@@ -98,6 +106,7 @@ struct Raw {
     devices: Vec<String>,
     virtio: Vec<Spec>,
     processor: Processor,
+    hidden_msrs: Vec<MsrRange>,
 }
 
 impl Raw {
@@ -123,6 +132,12 @@ impl Raw {
             tsc_khz: r.u32("TSC frequency")?,
             cpuid: Cpuid::decode(&mut r)?,
         };
+        let hidden_msrs = (0..r.len_within(limits::MSR_RANGES, "hidden MSRs")?)
+            .map(|_| {
+                let (first, last) = (r.u32("hidden MSRs")?, r.u32("hidden MSRs")?);
+                MsrRange::new(first, last).map_err(|_| r.malformed("hidden MSRs"))
+            })
+            .collect::<Result<_, _>>()?;
         r.finish("end of description")?;
         Ok(Self {
             memory,
@@ -132,6 +147,7 @@ impl Raw {
             devices,
             virtio,
             processor,
+            hidden_msrs,
         })
     }
 }
@@ -163,6 +179,7 @@ mod tests {
                 tsc_khz: 9,
                 cpuid: empty,
             },
+            hidden_msrs: vec![MsrRange::new(0x480, 0x491).unwrap()],
         }
     }
 

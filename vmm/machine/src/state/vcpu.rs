@@ -24,7 +24,7 @@ use umbra_core::guest::StateRecord;
 use umbra_units::{Gpa, Malformed, Pfn, Reader, Writer};
 
 use super::uapi::{bytes_of, read};
-use crate::cpuid::Cpuid;
+use crate::cpu::Cpuid;
 use crate::error::Error;
 use crate::limits;
 use crate::vcpu::Vcpu;

@@ -1,11 +1,11 @@
-//! What processor the guest sees, and whether another host can be that processor.
-
-use std::fmt::Write as _;
+//! CPUID, the table that tells a guest what its processor is.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use umbra_units::{Malformed, Reader, Writer};
 
+use super::features::{Features, REGISTERS_OF_FEATURES, Register};
+use super::template::Template;
 use crate::error::Error;
 use crate::limits;
 
@@ -23,23 +23,13 @@ struct Leaf {
 }
 
 const EAX: usize = 0;
-const EBX: usize = 1;
 const ECX: usize = 2;
 const EDX: usize = 3;
-const REGISTERS: [&str; 4] = ["eax", "ebx", "ecx", "edx"];
 
 /// Leaf 1 ecx: nested VMX. Its state would have to travel too, so guests do not get it.
 const VMX: u32 = 1 << 5;
 /// Leaf 0x80000001 ecx: nested SVM, likewise.
 const SVM: u32 = 1 << 2;
-/// Leaf 1 ecx.
-const CX16: u32 = 1 << 13;
-/// Leaf 7 ebx.
-const ERMS: u32 = 1 << 9;
-/// Leaf 7 ebx.
-const INVPCID: u32 = 1 << 10;
-/// Leaf 7 ebx.
-const SMAP: u32 = 1 << 20;
 /// Leaf 1 ecx.
 const TSC_DEADLINE: u32 = 1 << 24;
 /// Leaf 1 ecx: CR4.OSXSAVE, kept up to date by KVM.
@@ -107,21 +97,55 @@ impl Cpuid {
         cpuid
     }
 
-    /// This table, as a host that emulates its guests' kernels serves them best: without what its emulator does not know
-    /// (each use leaves the guest), and without hypercalls, which a kernel there cannot make.
-    pub(crate) fn for_emulating_host(mut self) -> Self {
+    /// This table, as `template` shows it.
+    pub(crate) fn shown_by(mut self, template: &Template) -> Self {
         for leaf in &mut self.0 {
-            let [eax, ebx, ecx, _] = &mut leaf.registers;
-            match (leaf.function, leaf.index) {
-                (1, _) => *ecx &= !CX16,
-                // erms: "rep stosb" is done byte by byte.
-                (7, 0) => *ebx &= !(ERMS | INVPCID | SMAP),
-                // The clocks, and that they are stable (kvm/cpuid.rst).
-                (0x4000_0001, _) => *eax &= 1 | 1 << 3 | 1 << 24,
-                _ => {}
+            for register in REGISTERS_OF_FEATURES {
+                if register.leaf == leaf.function && register.index == leaf.index {
+                    leaf.registers[register.register] &= template.mask(*register);
+                }
             }
         }
+        self.fit_xsave();
         self
+    }
+
+    /// Leaf 0xd describes each part of the XSAVE area and how large they are together: keep only the parts that XCR0 may
+    /// have (SDM, CPUID leaf 0x0d).
+    fn fit_xsave(&mut self) {
+        let xcr0 = self.xcr0();
+        let mut end = 576;
+        for leaf in self.0.iter_mut().filter(|leaf| leaf.function == 0xd && leaf.index >= 2) {
+            let [size, offset, flags, _] = leaf.registers;
+            let supervisor = flags & 1 != 0;
+            if supervisor {
+                continue;
+            }
+            if leaf.index < 64 && xcr0 >> leaf.index & 1 == 1 {
+                end = end.max(offset.saturating_add(size));
+            } else {
+                leaf.registers = [0; 4];
+            }
+        }
+        let main = self.0.iter_mut().find(|leaf| leaf.function == 0xd && leaf.index == 0);
+        if let Some(main) = main {
+            main.registers[ECX] = if xcr0 == 0 { 0 } else { end };
+        }
+    }
+
+    /// The features in it.
+    pub(crate) fn features(&self) -> Features {
+        let bits = |register: &Register| {
+            let leaf = self
+                .0
+                .iter()
+                .find(|leaf| (leaf.function, leaf.index) == (register.leaf, register.index));
+            leaf.map_or(0, |leaf| leaf.without_dynamic().registers[register.register])
+        };
+        REGISTERS_OF_FEATURES
+            .iter()
+            .map(|register| (*register, bits(register)))
+            .collect()
     }
 
     /// What a vCPU has, by KVM's word.
@@ -150,21 +174,8 @@ impl Cpuid {
 
     /// The features this has and `host` lacks, named; `None` when it lacks none.
     pub(crate) fn beyond(&self, host: &Self) -> Option<String> {
-        let mut names = String::new();
-        for leaf in &self.0 {
-            let leaf = leaf.without_dynamic();
-            for register in features_of(leaf.function, leaf.index) {
-                let can = host.register(leaf.function, leaf.index, *register);
-                let missing = leaf.registers[*register] & !can;
-                for bit in (0..32).filter(|bit| missing >> bit & 1 == 1) {
-                    if !names.is_empty() {
-                        names.push_str(", ");
-                    }
-                    push_name(&mut names, &leaf, *register, bit);
-                }
-            }
-        }
-        (!names.is_empty()).then_some(names)
+        let names = self.features().beyond(&host.features());
+        (!names.is_empty()).then(|| names.join(", "))
     }
 
     /// The XCR0 bits a guest may set.
@@ -257,62 +268,11 @@ impl Leaf {
     }
 }
 
-/// The registers of a leaf that are sets of features: each bit something a guest may rely on.
-const fn features_of(function: u32, index: u32) -> &'static [usize] {
-    match (function, index) {
-        (1, _) | (0x8000_0001, _) => &[ECX, EDX],
-        (7, 0) => &[EBX, ECX, EDX],
-        (7, 1) => &[EAX, ECX, EDX],
-        (0xd, 0) => &[EAX, EDX],
-        (0xd, 1) => &[EAX, ECX, EDX],
-        (0x8000_0008, _) => &[EBX],
-        (0x8000_000a, _) => &[EDX],
-        (0x8000_0021, _) => &[EAX],
-        // KVM's own features (kvm/cpuid.rst).
-        (0x4000_0001, _) => &[EAX],
-        _ => &[],
-    }
-}
-
-/// Features whose names an operator knows; the others are named by their place.
-#[rustfmt::skip]
-const NAMES: &[(u32, u32, usize, u32, &str)] = &[
-    (1, 0, ECX, 0, "sse3"), (1, 0, ECX, 1, "pclmulqdq"), (1, 0, ECX, 9, "ssse3"), (1, 0, ECX, 12, "fma"),
-    (1, 0, ECX, 13, "cx16"), (1, 0, ECX, 17, "pcid"), (1, 0, ECX, 19, "sse4_1"), (1, 0, ECX, 20, "sse4_2"),
-    (1, 0, ECX, 21, "x2apic"), (1, 0, ECX, 22, "movbe"), (1, 0, ECX, 23, "popcnt"),
-    (1, 0, ECX, 24, "tsc_deadline_timer"), (1, 0, ECX, 25, "aes"), (1, 0, ECX, 26, "xsave"), (1, 0, ECX, 28, "avx"),
-    (1, 0, ECX, 29, "f16c"), (1, 0, ECX, 30, "rdrand"), (1, 0, EDX, 25, "sse"), (1, 0, EDX, 26, "sse2"),
-    (1, 0, EDX, 28, "ht"),
-    (7, 0, EBX, 0, "fsgsbase"), (7, 0, EBX, 3, "bmi1"), (7, 0, EBX, 5, "avx2"), (7, 0, EBX, 7, "smep"),
-    (7, 0, EBX, 8, "bmi2"), (7, 0, EBX, 9, "erms"), (7, 0, EBX, 10, "invpcid"), (7, 0, EBX, 16, "avx512f"),
-    (7, 0, EBX, 17, "avx512dq"), (7, 0, EBX, 18, "rdseed"), (7, 0, EBX, 19, "adx"), (7, 0, EBX, 20, "smap"),
-    (7, 0, EBX, 23, "clflushopt"), (7, 0, EBX, 24, "clwb"), (7, 0, EBX, 28, "avx512cd"), (7, 0, EBX, 29, "sha_ni"),
-    (7, 0, EBX, 30, "avx512bw"), (7, 0, EBX, 31, "avx512vl"),
-    (7, 0, ECX, 1, "avx512vbmi"), (7, 0, ECX, 2, "umip"), (7, 0, ECX, 3, "pku"), (7, 0, ECX, 8, "gfni"),
-    (7, 0, ECX, 9, "vaes"), (7, 0, ECX, 10, "vpclmulqdq"), (7, 0, ECX, 11, "avx512_vnni"), (7, 0, ECX, 16, "la57"),
-    (7, 0, ECX, 22, "rdpid"), (7, 0, EDX, 4, "fsrm"), (7, 0, EDX, 22, "amx_bf16"), (7, 0, EDX, 24, "amx_tile"),
-    (7, 0, EDX, 25, "amx_int8"),
-    (0x8000_0001, 0, EDX, 20, "nx"), (0x8000_0001, 0, EDX, 26, "pdpe1gb"), (0x8000_0001, 0, EDX, 27, "rdtscp"),
-    (0x8000_0001, 0, EDX, 29, "lm"), (0x8000_0001, 0, ECX, 5, "abm"), (0x8000_0001, 0, ECX, 6, "sse4a"),
-];
-
-fn push_name(names: &mut String, leaf: &Leaf, register: usize, bit: u32) {
-    let known = NAMES
-        .iter()
-        .find(|(f, i, r, b, _)| (*f, *i, *r, *b) == (leaf.function, leaf.index, register, bit));
-    let written = match known {
-        Some((.., name)) => names.write_str(name),
-        None => {
-            let (function, index, register) = (leaf.function, leaf.index, REGISTERS[register]);
-            write!(names, "cpuid {function:#x}.{index} {register} bit {bit}")
-        }
-    };
-    written.expect("writing to a string cannot fail");
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const EBX: usize = 1;
 
     fn leaf(function: u32, index: u32, registers: [u32; 4]) -> Leaf {
         Leaf {
@@ -330,7 +290,7 @@ mod tests {
             leaf(7, 0, [0, 1 << 16 | 1 << 6, 0, 0]),
         ]);
         let host = Cpuid(vec![leaf(1, 0, [9, 9, 0, 0])]);
-        assert_eq!(guest.beyond(&host).unwrap(), "cx16, cpuid 0x7.0 ebx bit 6, avx512f");
+        assert_eq!(guest.beyond(&host).unwrap(), "cx16, 0x7.ebx.6, avx512f");
         assert_eq!(guest.beyond(&guest), None);
         assert_eq!(host.beyond(&guest), None, "more than the guest needs is no lack");
     }
@@ -340,6 +300,22 @@ mod tests {
         let table = |ecx, edx, size| Cpuid(vec![leaf(1, 0, [1, 2, ecx, edx]), leaf(0xd, 0, [7, size, 0, 0])]);
         assert!(table(OSXSAVE | 1, APIC, 576).same_for_the_guest(&table(1, 0, 832)));
         assert!(!table(2, 0, 0).same_for_the_guest(&table(1, 0, 0)));
+    }
+
+    #[test]
+    fn a_template_hides_features_and_the_parts_of_the_xsave_area_that_go_with_them() {
+        let area = |index, size, offset| leaf(0xd, index, [size, offset, 0, 0]);
+        let host = Cpuid(vec![
+            leaf(1, 0, [9, 9, 1 << 13 | 1, 1]),
+            leaf(0xd, 0, [0b111, 0, 2000, 0]),
+            area(2, 256, 576),
+            area(5, 64, 1936),
+        ]);
+        let text = "description = \"x\"\nwithout = [\"cx16\"]\n[only]\n\"0xd.eax\" = [\"xcr0_x87\", \"xcr0_sse\"]\n";
+        let shown = host.shown_by(&Template::parse("x", text).unwrap());
+        assert_eq!(shown.0[0].registers, [9, 9, 1, 1]);
+        assert_eq!(shown.0[1].registers, [0b11, 0, 576, 0]);
+        assert_eq!((shown.0[2].registers, shown.0[3].registers), ([0; 4], [0; 4]));
     }
 
     #[test]
