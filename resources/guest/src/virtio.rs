@@ -1,8 +1,9 @@
 //! A virtio device behind a window of registers (virtio 1.2, Virtio Over MMIO), and its queues.
 //!
-//! Devices are where the command line says (`virtio_mmio.device=`). A driver finds its device by type, agrees on
-//! features, gives it queues in memory of its own, and from then on looks at rings. What a device may not do stops the
-//! guest as memory that lies does.
+//! Devices are where the command line says (`virtio_mmio.device=`); if it says nothing, where Umbra has them, side by side
+//! from [`FIRST_WINDOW`] on. (Umbra tells by ACPI, which would be much to read for one number.) A driver finds its device
+//! by type, agrees on features, gives it queues in memory of its own, and from then on looks at rings. What a device may
+//! not do stops the guest as memory that lies does.
 //!
 //! # Interrupts
 //!
@@ -14,7 +15,7 @@ use crate::EXIT_CORRUPT;
 use crate::boot::Share;
 use crate::console::fatal;
 use crate::{cpu, refuse};
-use umbra_guest::config::{Config, Wait};
+use umbra_guest::config::{Config, WINDOWS_MAX, Wait, Window};
 use umbra_guest::ring::{Part, RING_BYTES, Ring, SIZE_MAX};
 
 /// Device types (virtio 1.2, Device Types).
@@ -29,6 +30,11 @@ const INDIRECT_DESC: u64 = 1 << 28;
 const EVENT_IDX: u64 = 1 << 29;
 const VERSION_1: u64 = 1 << 32;
 
+/// Where devices are if nobody says.
+const FIRST_WINDOW: u64 = 0xd000_0000;
+
+/// "virt".
+const MAGIC: u32 = 0x7472_6976;
 const MAGIC_VALUE: u64 = 0x000;
 const VERSION: u64 = 0x004;
 const DEVICE_ID: u64 = 0x008;
@@ -110,9 +116,13 @@ impl Transport {
     /// The first device of this type, agreed on these features besides the usual ones.
     pub(crate) fn find(share: &Share, device: u32, wanted: u64) -> Self {
         let config = &share.config;
-        let Some(window) = config.windows().iter().find(|window| is_a(window.base, device)) else {
-            lacks(config, device)
+        let mut named = config.windows().iter().copied();
+        let found = if config.window_count > 0 {
+            named.find(|window| is_a(window.base, device))
+        } else {
+            usual_windows().find(|window| is_a(window.base, device))
         };
+        let Some(window) = found else { lacks(config, device) };
         let ticks = |us| share.clock.ticks(us);
         let mut transport = Self {
             base: window.base,
@@ -343,15 +353,26 @@ fn read(base: u64, register: u64) -> u32 {
 }
 
 fn is_a(base: u64, device: u32) -> bool {
-    // "virt"; version 2 is the one without the burden of old times.
-    read(base, MAGIC_VALUE) == 0x7472_6976 && read(base, VERSION) == 2 && read(base, DEVICE_ID) == device
+    // Version 2 is the one without the burden of old times.
+    read(base, MAGIC_VALUE) == MAGIC && read(base, VERSION) == 2 && read(base, DEVICE_ID) == device
+}
+
+/// Where Umbra has devices (`vmm/machine`, `board/virtio.rs`): up to the first window that has none.
+fn usual_windows() -> impl Iterator<Item = Window> {
+    const LINES: [u32; 8] = [5, 6, 7, 10, 11, 12, 14, 15];
+    let window = |n: usize| Window {
+        base: FIRST_WINDOW + 0x1000 * n as u64,
+        irq: LINES[n % LINES.len()],
+    };
+    (0..WINDOWS_MAX)
+        .map(window)
+        .take_while(|window| read(window.base, MAGIC_VALUE) == MAGIC)
 }
 
 fn lacks(config: &Config, device: u32) -> ! {
-    let windows = config.window_count;
     refuse(
         config.work.name(),
-        format_args!("a virtio-mmio device (version 2) of type {device} among the {windows} of the command line"),
+        format_args!("a virtio-mmio device (version 2) of type {device}"),
     )
 }
 

@@ -7,6 +7,8 @@ use serde_json::json;
 pub(crate) enum Aim {
     /// This or less.
     AtMost(f64),
+    /// This or more.
+    AtLeast(f64),
     /// Nobody promised anything.
     None,
 }
@@ -52,6 +54,7 @@ impl Figure {
     pub(crate) fn line(&self) -> String {
         let (aim, met) = match self.aim {
             Aim::AtMost(most) => (json!(rounded(most)), json!(self.median() <= most)),
+            Aim::AtLeast(least) => (json!(rounded(least)), json!(self.median() >= least)),
             Aim::None => (json!(null), json!(null)),
         };
         json!({

@@ -6,6 +6,8 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | `devices` | disks and networks, beside QEMU's |
+//! | `peers` | QEMU, with the same guest |
 //! | `figure` | a figure: samples, median, 99th percentile, aim |
 //! | `moves` | pauses and evacuation |
 //! | `seeding` | the first full copy |
@@ -13,8 +15,10 @@
 //! | `usage` | what the kernel says of a process |
 #![forbid(unsafe_code)]
 
+mod devices;
 mod figure;
 mod moves;
+mod peers;
 mod seeding;
 mod start;
 mod usage;
@@ -53,6 +57,16 @@ const FAMILIES: &[Family] = &[
         names: &["first_byte", "vmm_overhead"],
         measure: start::launch,
         samples: (20, 5),
+    },
+    Family {
+        names: &["blk_vs_qemu", "blk_latency", "blk_latency_qemu"],
+        measure: devices::disks,
+        samples: (20, 1),
+    },
+    Family {
+        names: &["net_vs_qemu", "net_latency", "net_latency_qemu"],
+        measure: devices::networks,
+        samples: (20, 1),
     },
     Family {
         names: &["demo_wall"],
