@@ -6,7 +6,7 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | `devices` | disks and networks, beside QEMU's |
+//! | `traffic` | disks, beside QEMU's |
 //! | `peers` | QEMU, with the same guest |
 //! | `figure` | a figure: samples, median, 99th percentile, aim |
 //! | `moves` | pauses and evacuation |
@@ -15,12 +15,12 @@
 //! | `usage` | what the kernel says of a process |
 #![forbid(unsafe_code)]
 
-mod devices;
 mod figure;
 mod moves;
 mod peers;
 mod seeding;
 mod start;
+mod traffic;
 mod usage;
 
 use std::process::ExitCode;
@@ -60,12 +60,7 @@ const FAMILIES: &[Family] = &[
     },
     Family {
         names: &["blk_vs_qemu", "blk_latency", "blk_latency_qemu"],
-        measure: devices::disks,
-        samples: (20, 1),
-    },
-    Family {
-        names: &["net_vs_qemu", "net_latency", "net_latency_qemu"],
-        measure: devices::networks,
+        measure: traffic::disks,
         samples: (20, 1),
     },
     Family {
