@@ -14,10 +14,11 @@ use umbra_units::{Bytes, PAGE_SIZE, PageCount, Pfn, SpaceId};
 use umbra_core::guest::Space;
 
 use self::devices::Devices;
-use crate::boot::Source;
+use crate::boot::BootFiles;
 use crate::cpu::Template;
 use crate::error::Error;
 use crate::limits;
+use crate::state::restart::Restart;
 
 /// A machine to launch.
 #[derive(Debug, Clone)]
@@ -28,8 +29,20 @@ pub struct MachineConfig {
     shape: Shape,
     /// Always [complete](Devices::complete).
     devices: Devices,
+    on_reset: OnReset,
     fault: Option<FaultPlan>,
     template: Option<Template>,
+}
+
+/// What happens when the guest asks for a reset: by ACPI, the keyboard controller, or a triple fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnReset {
+    /// It is booted again, in place: everything is as at power-on, and the kernel is read again from its file.
+    #[default]
+    Restart,
+    /// It is over, as with QEMU's `-no-reboot`: [`ExitReason::Reset`](crate::ExitReason::Reset), or for a triple fault a
+    /// [`Fault`](crate::ExitReason::Fault) that says where.
+    Exit,
 }
 
 /// What of a machine its twin must match: how many vCPUs, how much memory, and how that is kept.
@@ -70,6 +83,7 @@ impl MachineConfig {
             cmdline: String::new(),
             shape,
             devices: Devices::default(),
+            on_reset: OnReset::default(),
             fault: None,
             template: None,
         })
@@ -120,6 +134,13 @@ impl MachineConfig {
         self
     }
 
+    /// Do this when the guest asks for a reset.
+    #[must_use]
+    pub const fn with_on_reset(mut self, on_reset: OnReset) -> Self {
+        self.on_reset = on_reset;
+        self
+    }
+
     /// Add a device that makes saving or restoring fail by plan, for tests.
     #[must_use]
     pub fn with_fault(mut self, plan: FaultPlan) -> Self {
@@ -147,10 +168,16 @@ impl MachineConfig {
         self.shape
     }
 
-    pub(crate) fn boot_source(&self) -> Source {
-        Source {
+    pub(crate) fn boot_files(&self) -> BootFiles {
+        BootFiles {
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),
+        }
+    }
+
+    pub(crate) fn restart(&self) -> Restart {
+        Restart {
+            on_reset: self.on_reset,
             cmdline: self.cmdline.clone(),
         }
     }

@@ -102,8 +102,9 @@ impl Tracker {
                 "cannot harvest: writes are not being recorded; track them first",
             ));
         }
-        let fresh = PageSet::new(memory.space().pages);
-        let mut words = std::mem::replace(&mut state.owed, fresh).words().to_vec();
+        let pages = memory.space().pages;
+        let mut words = PageSet::new(pages).words().to_vec();
+        let mut written = words.clone();
         let mut failed = None;
         for block in memory.blocks() {
             match self.log.take(block) {
@@ -120,14 +121,16 @@ impl Tracker {
                     failed = Some(error);
                 }
             }
-            join(&mut words, block, &memory.take_device_writes(block));
+            join(&mut written, block, &memory.take_device_writes(block));
         }
-        let mut dirty = PageSet::from_words(words, memory.space().pages);
-        // A log may begin with every page set. What is a hole *now*, after the log was cleared, was never written; what
-        // is written from here on is in the next harvest.
+        let mut dirty = PageSet::from_words(words, pages);
+        // A log may begin with every page set. What is a hole *now*, after the log was cleared, no vCPU has written; what
+        // is written from here on is in the next harvest. The VMM may have: clearing memory makes holes, and records them.
         if std::mem::take(&mut state.first) {
             dirty.subtract(&memory.holes());
         }
+        dirty.union_with(&PageSet::from_words(written, pages));
+        dirty.union_with(&std::mem::replace(&mut state.owed, PageSet::new(pages)));
         if let Some(error) = failed {
             state.owed = dirty;
             return Err(error);
@@ -346,6 +349,18 @@ mod tests {
         assert!(tracker.harvest(&memory).is_err());
         let above = 1 << 20;
         assert_eq!(pages(&tracker.harvest(&memory).unwrap()), [0, 5, above, above + 3]);
+    }
+
+    #[test]
+    fn memory_that_was_cleared_is_in_the_first_harvest_though_it_is_a_hole() {
+        let shape = Shape::new(1, Bytes::mib(8), Sharing::Shared).unwrap();
+        let memory = Memory::new(shape).unwrap();
+        let script = Script(Mutex::new([Ok(vec![u64::MAX; 32])].into()));
+        let tracker = Tracker::new(Box::new(script), memory.space());
+        memory.write(Gpa(0x5000), b"x").unwrap();
+        tracker.track(&memory, true).unwrap();
+        memory.clear().unwrap();
+        assert_eq!(pages(&tracker.harvest(&memory).unwrap()), [5]);
     }
 
     #[test]

@@ -77,7 +77,8 @@ mod threads;
 mod vcpu;
 mod worker;
 
-pub use config::{MachineConfig, Shape, Sharing};
+pub use boot::BootFiles;
+pub use config::{MachineConfig, OnReset, Shape, Sharing};
 pub use counters::{Counters, VcpuCounters};
 pub use cpu::Template;
 pub use error::Error;

@@ -10,13 +10,21 @@
 //!                        a failed restore: Blank again
 //! ```
 //!
+//! # A reset, in place
+//!
+//! A guest that asks for a reset is booted again in the same VM, by the same process: vCPUs, interrupt controllers, timer and
+//! devices go back to power-on, memory to zeros, and the kernel is read again from its files. To whoever follows the guest
+//! this is a guest that writes much of its memory at once: each byte changed is recorded, and between two harvests of a
+//! paused guest there is no half of a reset. Carrying it out needs every vCPU parked, so no vCPU does it: the `restart`
+//! thread does, or a pause that came first. The guest's clock and time-stamp counter go on.
+//!
 //! A blank machine has no state of its own and refuses to run. Memory may be applied to it, and a restore makes it a
 //! paused one.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -30,9 +38,9 @@ use crate::acpi::Tables;
 use crate::board::Board;
 use crate::board::fit;
 use crate::board::spec::Spec;
-use crate::boot;
+use crate::boot::{self, BootFiles};
 use crate::config::devices::Devices;
-use crate::config::{MachineConfig, Shape};
+use crate::config::{MachineConfig, OnReset, Shape};
 use crate::counters::{Counters, Tally};
 use crate::cpu::{self, Cpuid, MsrRange, Template};
 use crate::dirty::{DirtyBitmap, Tracker};
@@ -44,6 +52,7 @@ use crate::memory::Memory;
 use crate::output::Output;
 use crate::probe;
 use crate::state::platform::{self, Platform};
+use crate::state::restart::Restart;
 use crate::state::vcpu::{self as vcpu_state, Host, Processor, VcpuState};
 use crate::state::{Description, Incoming, describe};
 use crate::threads::{self, ThreadClass};
@@ -53,7 +62,11 @@ use crate::vcpu::{RunPage, Thread, Vcpu, lock};
 pub struct Sinks {
     serial: Arc<dyn Out>,
     on_exit: Box<OnExit>,
+    on_restart: Box<OnRestart>,
 }
+
+/// Told each time the guest was booted again.
+type OnRestart = dyn Fn() + Send + Sync;
 
 /// A KVM guest. See the [crate] for what it does and [`Guest`] for how it is moved.
 ///
@@ -75,9 +88,21 @@ pub struct Machine {
     /// Save and restore vCPUs on their own threads: see [`Machine::each_vcpu`].
     in_parallel: bool,
     phase: Mutex<Phase>,
+    /// What a reset goes back to.
+    power_on: PowerOn,
+    restart: Mutex<Restart>,
+    /// What the guest can be booted from here.
+    boot_files: Option<BootFiles>,
+    on_restart: Box<OnRestart>,
     /// A copy of whether `phase` is running, for page access.
     running: AtomicBool,
     memory: Arc<Memory>,
+}
+
+/// Everything but memory and devices, as KVM made it: by vCPU, and what is nobody's.
+struct PowerOn {
+    vcpus: Arc<Vec<VcpuState>>,
+    platform: Platform,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,6 +119,7 @@ pub struct MachineBuilder {
     on_build: Box<OnBuild>,
     memory_most: Bytes,
     devices: Devices,
+    boot_files: Option<BootFiles>,
     fault: FaultPlan,
 }
 
@@ -107,14 +133,15 @@ impl Machine {
             shape: config.shape(),
             cpu: WantedCpu::Template(config.template()),
             devices: Wanted::Launched(config.devices()),
+            boot_files: Some(config.boot_files()),
             fault: config.fault(),
         };
         let machine = Self::assemble(&plan, sinks)?;
         machine.board.take_hold()?;
-        let entry = boot::load(&machine.memory, &config.boot_source(), &machine.tables())?;
-        boot::enter(&lock(&machine.vcpus[0]).fd, entry)?;
+        machine.will_restart(config.restart());
+        machine.load()?;
         *machine.phase() = Phase::Paused;
-        Ok(Arc::new(machine))
+        machine.settle()
     }
 
     /// Builds twins, each connected to the sinks it is then given.
@@ -124,6 +151,7 @@ impl Machine {
             on_build: Box::new(|_| {}),
             memory_most: limits::MEMORY_MOST,
             devices: Devices::default(),
+            boot_files: None,
             fault: FaultPlan::default(),
         }
     }
@@ -156,6 +184,30 @@ impl Machine {
     /// Press the guest's power button. Says whether it listens: its kernel knows ACPI and has come to its driver.
     pub fn power_button(&self) -> bool {
         self.board.power_button()
+    }
+
+    /// Pull the reset line: the guest is booted again, whatever it does and whatever its own resets would do. A paused
+    /// one stays paused, ready for its first instruction.
+    pub fn reset(&self) -> Result<(), Error> {
+        let phase = self.phase();
+        if self.fate.known().is_some() {
+            return Err(Error::WrongState("cannot reset: the guest is over"));
+        }
+        if *phase == Phase::Blank {
+            return Err(Error::WrongState("cannot reset: this machine has no state yet"));
+        }
+        if self.boot_files.is_none() {
+            return Err(Error::WrongState(NO_FILES));
+        }
+        self.gate.stop();
+        self.board.pause();
+        self.fate.take_reset();
+        let result = self.boot_again();
+        if *phase == Phase::Running && self.fate.known().is_none() {
+            self.board.resume();
+            self.gate.go();
+        }
+        result
     }
 
     /// Write to guest memory as a device does, recorded for the next harvest.
@@ -199,6 +251,7 @@ impl Machine {
         }
         let (host, hidden_msrs) = give_cpu(&kvm, &vm, &vcpus, plan)?;
         let processor = lock(&vcpus[0]).processor.clone();
+        let power_on = PowerOn::of(&vm, &vcpus, &host)?;
         let devices = board.kinds();
         let description = Description {
             shape: plan.shape,
@@ -221,6 +274,10 @@ impl Machine {
             description,
             in_parallel: worth_parallel(cpus.into()),
             phase: Mutex::new(Phase::Blank),
+            power_on,
+            restart: Mutex::default(),
+            boot_files: plan.boot_files.clone(),
+            on_restart: sinks.on_restart,
             running: AtomicBool::new(false),
             memory,
         };
@@ -229,6 +286,101 @@ impl Machine {
             machine.threads.push(machine.start_thread(vcpu, tally)?);
         }
         Ok(machine)
+    }
+
+    /// Give it its last thread, which needs to know the machine as its owner does.
+    fn settle(self) -> Result<Arc<Self>, Error> {
+        let mut failed = None;
+        let machine = Arc::new_cyclic(|me: &Weak<Self>| {
+            let mut machine = self;
+            let (me, fate) = (me.clone(), machine.fate.clone());
+            let spawned = std::thread::Builder::new().name("restart".to_owned()).spawn(move || {
+                while fate.next_reset() {
+                    // Without a machine there is nothing to boot, and `quit` is about to be said.
+                    let Some(machine) = me.upgrade() else { return };
+                    machine.carry_out_reset();
+                }
+            });
+            match spawned {
+                Ok(thread) => machine.threads.push(thread),
+                Err(source) => failed = Some(source),
+            }
+            machine
+        });
+        failed.map_or(Ok(machine), |source| {
+            Err(Error::Host {
+                doing: "start the restart thread",
+                source,
+            })
+        })
+    }
+
+    /// What happens when the guest asks for a reset, and how it is booted then.
+    fn will_restart(&self, restart: Restart) {
+        self.fate.restart_on_reset(restart.on_reset == OnReset::Restart);
+        *self.restart.lock().unwrap_or_else(PoisonError::into_inner) = restart;
+    }
+
+    /// Load the kernel, and set the boot processor at its door. Both are as at power-on.
+    fn load(&self) -> Result<(), Error> {
+        let files = self.boot_files.as_ref().ok_or(Error::WrongState(NO_FILES))?;
+        let cmdline = self
+            .restart
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .cmdline
+            .clone();
+        let entry = boot::load(&self.memory, files, &cmdline, &self.tables())?;
+        boot::enter(&lock(&self.vcpus[0]).fd, entry)
+    }
+
+    /// Boot the guest again if it still wants it: a pause, or its end, may have come first.
+    fn carry_out_reset(&self) {
+        let phase = self.phase();
+        if *phase != Phase::Running || !self.fate.wants_reset() {
+            return;
+        }
+        self.gate.stop();
+        self.board.pause();
+        self.reset_if_wanted();
+        if self.fate.known().is_none() {
+            self.board.resume();
+            self.gate.go();
+        }
+    }
+
+    /// Boot the guest again if it wants it. Its vCPUs must be parked and its devices paused; they stay so.
+    fn reset_if_wanted(&self) {
+        if self.fate.take_reset() {
+            // A failure is the guest's end, and told as such.
+            let _ = self.boot_again();
+        }
+    }
+
+    /// Boot the guest again. If that fails there is nothing left that could run.
+    fn boot_again(&self) -> Result<(), Error> {
+        let result = self.to_first_instruction();
+        match &result {
+            Ok(()) => {
+                tracing::info!("the guest was booted again");
+                (self.on_restart)();
+            }
+            Err(error) => self.fate.end(ExitReason::NoRestart(error.to_string())),
+        }
+        result
+    }
+
+    fn to_first_instruction(&self) -> Result<(), Error> {
+        // The vCPUs first: as long as their clocks are on, KVM may write to memory for them.
+        let states = self.power_on.vcpus.clone();
+        self.each_vcpu(move |vcpu, host| {
+            vcpu.tell_of_pause = false;
+            states[usize::from(vcpu.index)].put(&vcpu.fd, host)
+        })?;
+        self.board.reset();
+        self.power_on.platform.reset(&self.vm)?;
+        self.memory.clear()?;
+        self.load()
     }
 
     /// What a kernel is told about this machine.
@@ -265,6 +417,7 @@ impl Machine {
         if *phase == Phase::Running {
             self.gate.stop();
             self.board.pause();
+            self.reset_if_wanted();
             for vcpu in &self.vcpus {
                 lock(vcpu).tell_of_pause = true;
             }
@@ -307,6 +460,7 @@ impl Machine {
             return Err(Error::WrongState("cannot save: the guest is over"));
         }
         let mut records = vec![self.description.encode()];
+        records.push(self.restart.lock().unwrap_or_else(PoisonError::into_inner).encode());
         records.extend(platform::save(&self.vm)?);
         records.extend(self.each_vcpu(|vcpu, host| Ok(VcpuState::of(vcpu, host)?.encode(vcpu.index)))?);
         records.extend(self.board.save()?);
@@ -325,6 +479,7 @@ impl Machine {
         }
         let mut incoming = Incoming::new(records);
         self.same_machine(incoming.take(describe::KIND)?)?;
+        let restart = Restart::decode(&mut incoming)?;
         let platform = Platform::decode(&mut incoming)?;
         let mut states = Vec::with_capacity(self.vcpus.len());
         for index in 0..self.shape().cpus() {
@@ -362,6 +517,7 @@ impl Machine {
         }
         applied?;
         put_devices_in_place();
+        self.will_restart(restart);
         *phase = Phase::Paused;
         Ok(())
     }
@@ -421,6 +577,9 @@ impl Machine {
     }
 }
 
+/// Why a twin cannot be booted again.
+const NO_FILES: &str = "it came from another host, and this one was given no kernel to boot it from";
+
 /// Whether vCPUs are saved and restored faster by their own threads than one after the other.
 ///
 /// Measured with `examples/pause_cost.rs` on two busy cores: for 2 and 4 vCPUs the medians are equal within noise (0.24
@@ -436,6 +595,7 @@ struct Plan<'a> {
     shape: Shape,
     cpu: WantedCpu<'a>,
     devices: Wanted<'a>,
+    boot_files: Option<BootFiles>,
     fault: Option<&'a FaultPlan>,
 }
 
@@ -541,14 +701,26 @@ fn same_devices(theirs: &[String], mine: &[String]) -> Result<(), Error> {
     Ok(())
 }
 
+impl PowerOn {
+    fn of(vm: &VmFd, vcpus: &[Arc<Mutex<Vcpu>>], host: &Host) -> Result<Self, Error> {
+        let state_of = |vcpu: &Arc<Mutex<Vcpu>>| Ok(VcpuState::of(&lock(vcpu), host)?.without_counter());
+        Ok(Self {
+            vcpus: Arc::new(vcpus.iter().map(state_of).collect::<Result<_, Error>>()?),
+            platform: Platform::of(vm)?,
+        })
+    }
+}
+
 impl Drop for Machine {
     fn drop(&mut self) {
+        self.fate.quit();
         self.gate.quit();
         let here = std::thread::current().id();
         for thread in self.threads.drain(..) {
-            // A vCPU's own thread may drop the machine, from `on_exit`. It returns by itself, without entering again.
+            // A thread of its own may drop the machine: a vCPU's from `on_exit`, `restart` when it was the last to know
+            // it. It returns by itself, without entering again.
             if thread.thread().id() != here && thread.join().is_err() {
-                tracing::error!("a vCPU thread panicked");
+                tracing::error!("a thread of the machine panicked");
             }
         }
     }
@@ -660,6 +832,14 @@ impl MachineBuilder {
         Ok(self)
     }
 
+    /// Boot twins from these files when they ask for a reset after they have moved here. Without any, a reset ends them:
+    /// neither the kernel's file nor its name travels.
+    #[must_use]
+    pub fn with_boot_files(mut self, files: BootFiles) -> Self {
+        self.boot_files = Some(files);
+        self
+    }
+
     /// Let the fault device of twins that have one fail by this plan, for tests.
     #[must_use]
     pub fn with_fault(mut self, plan: FaultPlan) -> Self {
@@ -681,11 +861,12 @@ impl MachineBuilder {
             shape: wanted.shape,
             cpu: WantedCpu::Like(&wanted.processor, &wanted.hidden_msrs),
             devices: Wanted::Described(&wanted.virtio, &self.devices),
+            boot_files: self.boot_files.clone(),
             fault: has_fault.then_some(&self.fault),
         };
         let machine = Machine::assemble(&plan, (self.sinks)())?;
         same_devices(&wanted.devices, &machine.description.devices)?;
-        let machine = Arc::new(machine);
+        let machine = machine.settle()?;
         (self.on_build)(&machine);
         Ok(machine)
     }
@@ -703,6 +884,7 @@ impl Sinks {
         Self {
             serial: Arc::new(serial),
             on_exit: Box::new(|_| {}),
+            on_restart: Box::new(|| {}),
         }
     }
 
@@ -715,6 +897,13 @@ impl Sinks {
     #[must_use]
     pub fn with_on_exit(mut self, tell: impl Fn(&ExitReason) + Send + Sync + 'static) -> Self {
         self.on_exit = Box::new(tell);
+        self
+    }
+
+    /// Tell when the guest was booted again after a reset. The callee must not call into the machine.
+    #[must_use]
+    pub fn with_on_restart(mut self, tell: impl Fn() + Send + Sync + 'static) -> Self {
+        self.on_restart = Box::new(tell);
         self
     }
 }
@@ -762,6 +951,7 @@ mod tests {
             shape,
             cpu: WantedCpu::Template(None),
             devices: Wanted::Launched(&Devices::default()),
+            boot_files: None,
             fault: None,
         };
         let mut machine = Machine::assemble(&plan, Sinks::discard()).unwrap();

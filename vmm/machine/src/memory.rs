@@ -168,6 +168,20 @@ impl Memory {
         region.bitmap().get_and_reset()
     }
 
+    /// Make all of it zeros, as it was before the guest was first booted, and give back to the host what was backed.
+    /// Whatever may have held something is recorded as written. Nobody else may write meanwhile.
+    pub(crate) fn clear(&self) -> Result<(), Error> {
+        self.written_by_others();
+        for block in &self.blocks {
+            let region = self.mapped(block);
+            for run in block.clear()? {
+                let (first, pages) = (index(run.start), index(run.end - run.start));
+                region.bitmap().set_addr_range(first * PAGE_SIZE, pages * PAGE_SIZE);
+            }
+        }
+        Ok(())
+    }
+
     /// Forget what devices and loaders wrote.
     pub(crate) fn forget_device_writes(&self) {
         for block in &self.blocks {
@@ -309,6 +323,22 @@ impl Block {
             at = data;
         }
         holes
+    }
+
+    /// Fill with zeros; says which runs of pages may have held something else.
+    fn clear(&self) -> Result<Vec<Range<u64>>, Error> {
+        // What is not a hole; memory that cannot tell is one run of data.
+        let mut backed = vec![0..self.pages.0];
+        for hole in self.holes() {
+            let last = backed.pop().expect("it ends with what lies behind the last hole");
+            backed.push(last.start..hole.start);
+            backed.push(hole.end..last.end);
+        }
+        backed.retain(|run| !run.is_empty());
+        for run in &backed {
+            self.discard(&(index(run.start)..index(run.end)))?;
+        }
+        Ok(backed)
     }
 
     fn is_touched(&self, index: usize) -> bool {
@@ -679,6 +709,29 @@ mod tests {
             let mut out = Vec::new();
             memory.read_pages(&[Pfn(5)], &mut out).unwrap();
             assert_eq!(out, [0; PAGE_SIZE]);
+        }
+    }
+
+    #[test]
+    fn cleared_memory_is_zero_and_unbacked_and_what_it_held_is_recorded() {
+        for sharing in [Sharing::Shared, Sharing::Private] {
+            let memory = memory(8, sharing);
+            for page in [0, 7, 8, 2047] {
+                memory.apply_page(Pfn(page), &[1; PAGE_SIZE]).unwrap();
+            }
+            memory.forget_device_writes();
+            memory.clear().unwrap();
+            let all: Vec<Pfn> = (0..2048).map(Pfn).collect();
+            let mut out = Vec::new();
+            memory.read_pages(&all, &mut out).unwrap();
+            assert!(out.iter().all(|byte| *byte == 0));
+            let written = PageSet::from_words(memory.take_device_writes(&memory.blocks[0]), PageCount(2048));
+            if sharing == Sharing::Shared {
+                assert_eq!(backed(&memory), 0);
+                assert_eq!(written.iter().map(|page| page.0).collect::<Vec<_>>(), [0, 7, 8, 2047]);
+            } else {
+                assert_eq!(written.count(), PageCount(2048), "nobody knows");
+            }
         }
     }
 

@@ -200,7 +200,10 @@ impl Thread {
                 Pending::Yes
             }
             VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => Pending::No,
-            VcpuExit::Shutdown => self.fault(vcpu, "triple fault"),
+            VcpuExit::Shutdown => {
+                self.fate.reset(fault_of(vcpu, "triple fault"));
+                Pending::No
+            }
             VcpuExit::SystemEvent(event, _) => self.system_event(vcpu, event),
             VcpuExit::InternalError => self.internal_error(vcpu),
             VcpuExit::FailEntry(reason, cpu) => self.fault(
@@ -221,7 +224,7 @@ impl Thread {
     fn system_event(&self, vcpu: &Vcpu, event: u32) -> Pending {
         match event {
             KVM_SYSTEM_EVENT_SHUTDOWN => self.fate.end(ExitReason::Shutdown),
-            KVM_SYSTEM_EVENT_RESET => self.fate.end(ExitReason::Reset),
+            KVM_SYSTEM_EVENT_RESET => self.fate.reset(ExitReason::Reset),
             KVM_SYSTEM_EVENT_CRASH => return self.fault(vcpu, "the guest says it has crashed"),
             other => return self.fault(vcpu, &format!("unexpected system event {other}")),
         }
@@ -251,12 +254,7 @@ impl Thread {
 
     /// The guest cannot go on.
     fn fault(&self, vcpu: &Vcpu, what: &str) -> Pending {
-        let at = vcpu
-            .fd
-            .get_regs()
-            .map_or_else(|_| "an unknown place".to_owned(), |regs| format!("rip {:#x}", regs.rip));
-        self.fate
-            .end(ExitReason::Fault(format!("vcpu {} at {at}: {what}", vcpu.index)));
+        self.fate.end(fault_of(vcpu, what));
         Pending::No
     }
 }
@@ -273,6 +271,15 @@ const fn kind_of(exit: &VcpuExit<'_>) -> Exit {
         VcpuExit::InternalError => Exit::Emulation,
         _ => Exit::Other,
     }
+}
+
+/// What happened, and where.
+fn fault_of(vcpu: &Vcpu, what: &str) -> ExitReason {
+    let at = vcpu
+        .fd
+        .get_regs()
+        .map_or_else(|_| "an unknown place".to_owned(), |regs| format!("rip {:#x}", regs.rip));
+    ExitReason::Fault(format!("vcpu {} at {at}: {what}", vcpu.index))
 }
 
 /// What KVM says with KVM_EXIT_INTERNAL_ERROR.

@@ -6,26 +6,10 @@
 
 mod common;
 
-use common::{Console, all_pages, image, launch, page_of};
+use common::{Console, all_pages, follow, image, launch, page_of, pages};
 use umbra_core::guest::{Guest, Harvest};
 use umbra_machine::Machine;
 use umbra_units::{Bytes, Gpa, PAGE_SIZE, PageCount, Pfn, SpaceId};
-
-fn pages(harvest: &Harvest) -> Vec<Pfn> {
-    harvest.dirty.iter().flat_map(|(_, set)| set.iter()).collect()
-}
-
-/// Harvest, and copy what was written into `shadow`.
-fn follow(machine: &Machine, shadow: &mut [u8]) -> usize {
-    let dirty = pages(&machine.harvest().unwrap());
-    let mut bytes = Vec::new();
-    machine.read_pages(SpaceId::RAM, &dirty, &mut bytes).unwrap();
-    for (page, bytes) in dirty.iter().zip(bytes.as_chunks::<PAGE_SIZE>().0) {
-        let at = usize::try_from(page.gpa().0).unwrap();
-        shadow[at..at + PAGE_SIZE].copy_from_slice(bytes);
-    }
-    dirty.len()
-}
 
 #[test]
 fn a_shadow_that_follows_two_busy_vcpus_is_equal_at_every_cut() {

@@ -10,7 +10,7 @@ use std::sync::mpsc;
 
 use common::{Console, PATIENCE, Snippet, image, kernel, launch};
 use umbra_core::guest::{Guest, GuestError};
-use umbra_machine::{ExitReason, FaultPlan, Machine, MachineConfig, Sharing, Sinks};
+use umbra_machine::{ExitReason, FaultPlan, Machine, MachineConfig, OnReset, Sharing, Sinks};
 use umbra_units::Bytes;
 
 #[test]
@@ -108,10 +108,11 @@ fn guests_with_private_memory_and_with_memory_above_four_gib_boot() {
 }
 
 #[test]
-fn a_guest_that_pulls_the_reset_line_says_so() {
+fn a_guest_that_pulls_the_reset_line_and_is_not_to_restart_says_so() {
     needs_kvm!();
     // mov al, 0xfe; out 0x64, al; hlt
-    let machine = Snippet::new("reset", &[0xb0, 0xfe, 0xe6, 0x64, 0xf4]).launch(Sinks::discard());
+    let kernel = Snippet::new("reset", &[0xb0, 0xfe, 0xe6, 0x64, 0xf4]);
+    let machine = Machine::launch(&kernel.config().with_on_reset(OnReset::Exit), Sinks::discard()).unwrap();
     machine.resume().unwrap();
     assert_eq!(machine.wait_exit(Some(PATIENCE)), Some(ExitReason::Reset));
     assert_eq!(
@@ -131,7 +132,8 @@ fn a_triple_fault_and_a_jump_into_nowhere_are_faults_that_say_where() {
     // ud2, without an interrupt table; jmp to the device hole, where no instruction can be fetched.
     let nowhere = [0xb8, 0x00, 0x00, 0x00, 0xd0, 0xff, 0xe0];
     for (name, code) in [("triple", &[0x90, 0x0f, 0x0b][..]), ("nowhere", &nowhere[..])] {
-        let machine = Snippet::new(name, code).launch(Sinks::discard());
+        let kernel = Snippet::new(name, code);
+        let machine = Machine::launch(&kernel.config().with_on_reset(OnReset::Exit), Sinks::discard()).unwrap();
         machine.resume().unwrap();
         let Some(ExitReason::Fault(text)) = machine.wait_exit(Some(PATIENCE)) else {
             panic!("{name}: {:?}", machine.exit_reason());
@@ -164,7 +166,7 @@ fn typing_at_a_paused_guest_raises_no_interrupt_until_it_goes_on() {
     let console = Console::default();
     let machine = Snippet::new("interrupt", &code).launch(console.sinks());
     machine.resume().unwrap();
-    console.wait_more(1);
+    console.wait("its byte", |heard| !heard.is_empty());
     machine.pause().unwrap();
     let pic = || common::record(&mut machine.save().unwrap(), "irqchip/pic0").clone();
     let before = pic();

@@ -70,6 +70,7 @@ pub(crate) struct Board {
 /// A device in its place.
 trait Slot: Send + Sync {
     fn kind(&self) -> String;
+    fn reset(&self);
     fn pause(&self);
     fn resume(&self);
     fn save(&self) -> Result<SavedState, Error>;
@@ -91,6 +92,10 @@ impl<D: Restore> Place<D> {
 impl<D: Restore> Slot for Place<D> {
     fn kind(&self) -> String {
         self.device().kind().to_owned()
+    }
+
+    fn reset(&self) {
+        self.device().reset();
     }
 
     fn pause(&self) {
@@ -240,6 +245,11 @@ impl Board {
     /// The devices' names, in the order they are saved.
     pub(crate) fn kinds(&self) -> Vec<String> {
         self.slots.iter().map(|slot| slot.kind()).collect()
+    }
+
+    /// Back to power-on; they must be paused, and stay so.
+    pub(crate) fn reset(&self) {
+        self.slots.iter().for_each(|slot| slot.reset());
     }
 
     /// Have every device make nothing more of anything, and wait until what was under way is done: when this returns,

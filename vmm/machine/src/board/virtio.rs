@@ -137,6 +137,10 @@ impl<D: Virtio> Slot for Plugged<D> {
         self.device().kind().to_owned()
     }
 
+    fn reset(&self) {
+        self.device().reset();
+    }
+
     fn pause(&self) {
         self.device().pause();
     }

@@ -24,7 +24,7 @@
 //!            ... the initial RAM disk at the end of RAM below the hole
 //! ```
 //!
-//! Everything is read again from the same files when the guest is booted again: see [`Source`].
+//! Everything is read again from the same files when the guest is booted again: see [`BootFiles`].
 
 mod announce;
 mod image;
@@ -54,12 +54,13 @@ const LOW_MEMORY_END: u64 = mptable::BASE.0;
 /// Where a PC's usable memory goes on.
 const HIGH_MEMORY: u64 = 0x10_0000;
 
-/// What a guest is booted from, the first time and again after each reset.
+/// The files a guest is booted from, the first time and again after each reset.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Source {
-    pub(crate) kernel: PathBuf,
-    pub(crate) initrd: Option<PathBuf>,
-    pub(crate) cmdline: String,
+pub struct BootFiles {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// Its initial RAM disk, if it has one.
+    pub initrd: Option<PathBuf>,
 }
 
 /// Where a loaded kernel begins, and in which state it wants the processor.
@@ -83,14 +84,14 @@ enum Kind {
 type Run = (u64, u64, Kind);
 
 /// Put the kernel and everything it is told into memory.
-pub(crate) fn load(memory: &Memory, source: &Source, tables: &Tables<'_>) -> Result<Entry, Error> {
-    let image = Image::load(memory, &source.kernel)?;
-    let cmdline = announce::cmdline(&source.kernel, &source.cmdline, tables.mmio).map_err(|error| Error::File {
-        path: source.kernel.clone(),
+pub(crate) fn load(memory: &Memory, files: &BootFiles, cmdline: &str, tables: &Tables<'_>) -> Result<Entry, Error> {
+    let image = Image::load(memory, &files.kernel)?;
+    let cmdline = announce::cmdline(&files.kernel, cmdline, tables.mmio).map_err(|error| Error::File {
+        path: files.kernel.clone(),
         why: format!("cannot read the kernel: {error}"),
     })?;
     image.takes(&cmdline)?;
-    let initrd = source
+    let initrd = files
         .initrd
         .as_deref()
         .map(|path| load_initrd(memory, path, &image))

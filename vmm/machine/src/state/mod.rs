@@ -3,6 +3,7 @@
 //! | kind | version | bytes |
 //! |---|---|---|
 //! | `machine` | 2 | the [`Description`]: what a twin must be built as |
+//! | `boot` | 1 | how it is booted again: see [`restart`] |
 //! | `clock` | 1 | `kvm_clock_data` |
 //! | `irqchip/pic0`, `irqchip/pic1`, `irqchip/ioapic` | 1 | `kvm_irqchip` |
 //! | `pit/0` | 1 | `kvm_pit_state2` |
@@ -33,6 +34,7 @@
 
 pub(crate) mod describe;
 pub(crate) mod platform;
+pub(crate) mod restart;
 pub(crate) mod uapi;
 pub(crate) mod vcpu;
 

@@ -65,6 +65,21 @@ impl Platform {
         })
     }
 
+    /// What `vm` has now.
+    pub(crate) fn of(vm: &VmFd) -> Result<Self, Error> {
+        let records = save(vm)?;
+        Self::decode(&mut Incoming::new(&records))
+    }
+
+    /// Bring interrupt controllers and timer back to this. The clock goes on: a reset does not turn it back.
+    pub(crate) fn reset(&self, vm: &VmFd) -> Result<(), Error> {
+        for chip in &self.irqchips {
+            vm.set_irqchip(chip)
+                .map_err(Error::kvm("reset an interrupt controller"))?;
+        }
+        vm.set_pit2(&self.pit).map_err(Error::kvm("reset the PIT"))
+    }
+
     /// Take it on. What time passed since it was saved is added to the guest's clock, if both hosts can tell.
     pub(crate) fn apply(&self, vm: &VmFd) -> Result<(), Error> {
         for chip in &self.irqchips {

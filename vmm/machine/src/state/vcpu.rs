@@ -31,6 +31,8 @@ use crate::vcpu::Vcpu;
 
 pub(crate) const VERSION: u32 = 1;
 
+const IA32_TSC: u32 = 0x10;
+const IA32_TSC_ADJUST: u32 = 0x3b;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
 
 /// MSRs that carry state but are missing from some kernels' `KVM_GET_MSR_INDEX_LIST` (SDM volume 4, AMD APM volume 2).
@@ -233,7 +235,19 @@ impl VcpuState {
             },
             &vcpu.fd,
         )?;
-        let vcpu = &vcpu.fd;
+        self.put(&vcpu.fd, host)
+    }
+
+    /// Leave out the time-stamp counter: what is left, given to the vCPU it came from, resets all but its clock. The
+    /// counters of a machine's vCPUs agree, and writing them one after the other could only disturb that.
+    pub(crate) fn without_counter(mut self) -> Self {
+        self.msrs
+            .retain(|msr| ![IA32_TSC, IA32_TSC_ADJUST].contains(&msr.index));
+        self
+    }
+
+    /// Write everything but what the processor is, which stays.
+    pub(crate) fn put(&self, vcpu: &VcpuFd, host: &Host) -> Result<(), Error> {
         vcpu.set_mp_state(self.mp_state)
             .map_err(Error::kvm("restore a vCPU's run state"))?;
         vcpu.set_regs(&self.regs).map_err(Error::kvm("restore registers"))?;

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use umbra_core::guest::{Guest, PageBytes, Space, StateRecord};
+use umbra_core::guest::{Guest, Harvest, PageBytes, Space, StateRecord};
 use umbra_machine::{Machine, MachineConfig, Out, Sinks};
 use umbra_units::{Bytes, PAGE_SIZE, PageCount, PageId, Pfn, SpaceId};
 
@@ -154,6 +154,23 @@ pub(crate) fn copy_memory(source: &dyn Guest, twin: &dyn Guest) {
     for (page, bytes) in pages.iter().zip(bytes.as_chunks::<PAGE_SIZE>().0) {
         twin.apply_page(PageId::ram(*page), bytes).unwrap();
     }
+}
+
+/// The pages of a harvest.
+pub(crate) fn pages(harvest: &Harvest) -> Vec<Pfn> {
+    harvest.dirty.iter().flat_map(|(_, set)| set.iter()).collect()
+}
+
+/// Harvest, and copy what was written into `shadow`.
+pub(crate) fn follow(machine: &Machine, shadow: &mut [u8]) -> usize {
+    let dirty = pages(&machine.harvest().unwrap());
+    let mut bytes = Vec::new();
+    machine.read_pages(SpaceId::RAM, &dirty, &mut bytes).unwrap();
+    for (page, bytes) in dirty.iter().zip(bytes.as_chunks::<PAGE_SIZE>().0) {
+        let at = usize::try_from(page.gpa().0).unwrap();
+        shadow[at..at + PAGE_SIZE].copy_from_slice(bytes);
+    }
+    dirty.len()
 }
 
 pub(crate) fn record<'a>(records: &'a mut [StateRecord], kind: &str) -> &'a mut StateRecord {
