@@ -78,6 +78,8 @@ impl Host {
         let (cpus, memory) = (format!("boot={}", guest.cpus), format!("size={}M", guest.memory_mib));
         let args = [
             "run",
+            // The tiny kernel never asks for a reset: a triple fault of it is an end, not a new beginning.
+            "--no-reboot",
             "--kernel",
             &kernel,
             "--cmdline",

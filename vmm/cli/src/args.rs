@@ -66,6 +66,10 @@ pub(crate) enum Command {
     Pause(TargetArgs),
     /// Let the guest's vCPUs run
     Resume(ResumeArgs),
+    /// Press the guest's power button: a guest that listens powers itself off in good order
+    PowerButton(TargetArgs),
+    /// Boot the guest again, whatever it does, as its reset button would
+    Reboot(TargetArgs),
     /// End the guest and its process
     Stop(TargetArgs),
     /// Follow what happens, one JSON object per line
@@ -93,8 +97,8 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "PATH")]
     pub(crate) kernel: PathBuf,
     /// An initial RAM disk for it
-    #[arg(long, value_name = "PATH")]
-    pub(crate) initrd: Option<PathBuf>,
+    #[arg(long, alias = "initrd", value_name = "PATH")]
+    pub(crate) initramfs: Option<PathBuf>,
     /// The kernel's command line
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub(crate) cmdline: String,
@@ -113,6 +117,9 @@ pub(crate) struct RunArgs {
     /// Build the guest but do not start it; `umbra resume` does
     #[arg(long)]
     pub(crate) paused: bool,
+    /// When the guest asks for a reset, end with success instead of booting it again
+    #[arg(long)]
+    pub(crate) no_reboot: bool,
 }
 
 /// `umbra shadow`.
@@ -130,6 +137,13 @@ pub(crate) struct ShadowArgs {
     pub(crate) process: ProcessArgs,
     #[command(flatten)]
     pub(crate) config: ConfigArgs,
+    /// The guest's kernel, from which it is booted again if it asks for a reset after it has moved here; without it such a
+    /// guest ends
+    #[arg(long, value_name = "PATH")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// The initial RAM disk for it
+    #[arg(long, alias = "initrd", value_name = "PATH", requires = "kernel")]
+    pub(crate) initramfs: Option<PathBuf>,
     /// Build no guest with more memory than this
     #[arg(long, value_name = "SIZE", value_parser = |text: &str| units::size("memory-limit", text))]
     pub(crate) memory_limit: Option<Bytes>,

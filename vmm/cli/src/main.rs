@@ -99,6 +99,8 @@ fn dispatch(command: &Command) -> Result<Code, Failure> {
         Command::Status(args) => control::status(args),
         Command::Pause(args) => control::simple(args, "pause"),
         Command::Resume(args) => control::resume(args),
+        Command::PowerButton(args) => control::simple(args, "power-button"),
+        Command::Reboot(args) => control::simple(args, "reboot"),
         Command::Stop(args) => control::simple(args, "stop"),
         Command::Events(args) => control::events(args),
         Command::Identity(command) => identity::identity(command),

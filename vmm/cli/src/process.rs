@@ -1,7 +1,7 @@
 //! The life of a process that is, or becomes, a guest's VMM: what `run` and `shadow` have in common.
 
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -15,7 +15,7 @@ use crate::events::{Events, Teller};
 use crate::exit::{Code, Failure};
 use crate::say;
 use crate::socket::PrivateSocket;
-use crate::vm::{Ending, LastWord, Resident, Vm};
+use crate::vm::{Ending, LastWord, Panel, Resident, Vm};
 
 /// Everything of the process but the guest.
 pub(crate) struct Process {
@@ -47,12 +47,18 @@ impl Process {
 
     /// What a machine of this process is connected to.
     pub(crate) fn sinks(console: &Arc<Console>, vm: &Arc<Vm>) -> Sinks {
-        let vm = Arc::downgrade(vm);
-        Sinks::new(ConsoleOut(Arc::clone(console))).with_on_exit(move |reason| {
-            if let Some(vm) = vm.upgrade() {
-                vm.end(Ending::Guest(reason.clone()));
-            }
-        })
+        let (vm, same) = (Arc::downgrade(vm), Arc::downgrade(vm));
+        Sinks::new(ConsoleOut(Arc::clone(console)))
+            .with_on_exit(move |reason| {
+                if let Some(vm) = vm.upgrade() {
+                    vm.end(Ending::Guest(reason.clone()));
+                }
+            })
+            .with_on_restart(move || {
+                if let Some(vm) = same.upgrade() {
+                    vm.events().tell(Teller::Guest, "rebooted", json!({}));
+                }
+            })
     }
 
     /// The machine is this process's guest from now on: what is typed goes there.
@@ -67,6 +73,7 @@ impl Process {
         Resident {
             vcpus: shape.cpus(),
             memory: shape.memory(),
+            panel: Arc::new(FrontPanel(Arc::downgrade(&machine))),
             guest: machine,
         }
     }
@@ -122,6 +129,20 @@ impl Process {
     }
 }
 
+/// The buttons of our machine. They do not keep it alive.
+struct FrontPanel(Weak<Machine>);
+
+impl Panel for FrontPanel {
+    fn power_button(&self) -> bool {
+        self.0.upgrade().is_some_and(|machine| machine.power_button())
+    }
+
+    fn reset(&self) -> Result<(), String> {
+        let machine = self.0.upgrade().ok_or("there is no guest here any more")?;
+        machine.reset().map_err(|error| error.to_string())
+    }
+}
+
 /// Do what an ending asks for; says how the process ends.
 pub(crate) async fn wind_down(vm: &Vm, ending: &Ending) -> (Code, String) {
     let text = ending.to_string();
@@ -154,7 +175,7 @@ const fn code_of(ending: &Ending) -> Code {
         Ending::Guest(ExitReason::Code(_)) => Code::EndedByGuest,
         Ending::Guest(ExitReason::Fault(_)) => Code::GuestFault,
         Ending::Stopped(_) | Ending::Moved(_) => Code::Success,
-        Ending::Failed(_) => Code::Failure,
+        Ending::Guest(ExitReason::NoRestart(_)) | Ending::Failed(_) => Code::Failure,
     }
 }
 
@@ -218,6 +239,11 @@ mod tests {
         for (reason, code, text) in [
             (ExitReason::Shutdown, Code::Success, "the guest powered off"),
             (ExitReason::Reset, Code::Success, "the guest asked for a reset"),
+            (
+                ExitReason::NoRestart("no kernel".to_owned()),
+                Code::Failure,
+                "the guest asked for a reset and cannot be booted again here: no kernel",
+            ),
             (ExitReason::Code(0), Code::Success, "the guest ended with code 0"),
             (ExitReason::Code(3), Code::EndedByGuest, "the guest ended with code 3"),
             (

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use umbra_core::guest::Guest;
-use umbra_machine::{Machine, MachineConfig, Sharing, Template};
+use umbra_machine::{Machine, MachineConfig, OnReset, Sharing, Template};
 
 use crate::args::RunArgs;
 use crate::confine::{self, Class, Plans};
@@ -49,7 +49,10 @@ fn config(args: &RunArgs) -> Result<MachineConfig, Failure> {
     if let Some(template) = &args.cpus.template {
         config = config.with_template(Template::find(template)?);
     }
-    if let Some(initrd) = &args.initrd {
+    if args.no_reboot {
+        config = config.with_on_reset(OnReset::Exit);
+    }
+    if let Some(initrd) = &args.initramfs {
         config = config.with_initrd(initrd);
     }
     Ok(config)

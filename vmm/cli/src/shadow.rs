@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use umbra_core::guest::Guest;
 use umbra_core::shadow::ShadowConfig;
-use umbra_machine::{Machine, MachineBuilder};
+use umbra_machine::{BootFiles, Machine, MachineBuilder};
 use umbra_node::ShadowNode;
 use umbra_quic::{ListenConfig, Listener, Tuning};
 
@@ -59,9 +59,13 @@ pub(crate) fn shadow(args: &ShadowArgs) -> Result<Code, Failure> {
 
 fn builder(args: &ShadowArgs, process: &Process, twin: &Twin) -> Result<MachineBuilder, Failure> {
     let (vm, console, twin) = (Arc::clone(&process.vm), Arc::clone(&process.console), Arc::clone(twin));
-    let builder = Machine::builder(move || Process::sinks(&console, &vm)).on_build(move |machine| {
+    let mut builder = Machine::builder(move || Process::sinks(&console, &vm)).on_build(move |machine| {
         *twin.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(machine);
     });
+    if let Some(kernel) = args.kernel.clone() {
+        let initrd = args.initramfs.clone();
+        builder = builder.with_boot_files(BootFiles { kernel, initrd });
+    }
     let builder = builder.with_devices(args.devices.devices())?;
     Ok(match args.memory_limit {
         Some(limit) => builder.with_memory_most(limit),

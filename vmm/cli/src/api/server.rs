@@ -81,6 +81,14 @@ fn router(vm: Arc<Vm>) -> Router {
             "/stop",
             put(async |State(vm): State<Arc<Vm>>| done(vm.stop("by its operator"))),
         )
+        .route(
+            "/power-button",
+            put(async |State(vm): State<Arc<Vm>>| done(vm.power_button().await)),
+        )
+        .route(
+            "/reboot",
+            put(async |State(vm): State<Arc<Vm>>| done(vm.reboot().await)),
+        )
         .route("/protect", put(protect))
         .route(
             "/unprotect",

@@ -210,11 +210,26 @@ impl Guest for Reluctant {
     fn release_output(&self) {}
 }
 
+/// Listens to the power button from the second press on, and cannot be reset.
+#[derive(Default)]
+struct Buttons(std::sync::atomic::AtomicBool);
+
+impl crate::vm::Panel for Buttons {
+    fn power_button(&self) -> bool {
+        self.0.swap(true, std::sync::atomic::Ordering::SeqCst)
+    }
+
+    fn reset(&self) -> Result<(), String> {
+        Err("no kernel".to_owned())
+    }
+}
+
 fn resident(guest: Arc<dyn Guest>) -> Resident {
     Resident {
         guest,
         vcpus: 1,
         memory: Bytes::mib(4),
+        panel: Arc::new(Buttons::default()),
     }
 }
 
@@ -412,6 +427,16 @@ async fn the_word_that_the_guest_runs_arrives_after_an_outage_of_every_path() {
     assert_eq!(finished.state, JobState::Done);
     assert!(matches!(source.ending().await, Ending::Moved(_)));
     assert!(!toy.runs());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_buttons_of_a_guest_are_pressed_and_what_comes_of_it_is_told() {
+    let toy = running_toy();
+    let source = Process::running(&toy);
+    let deaf = source.refused("power-button").await;
+    assert!(deaf.starts_with("the guest does not listen to its power button"), "{deaf}");
+    source.put("power-button", json!({})).await.unwrap();
+    assert_eq!(source.put("reboot", json!({})).await.unwrap_err().to_string(), "no kernel");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -104,6 +104,16 @@ pub(crate) struct Resident {
     pub(crate) vcpus: u8,
     /// How much memory.
     pub(crate) memory: Bytes,
+    /// Its front panel.
+    pub(crate) panel: Arc<dyn Panel>,
+}
+
+/// The buttons of a guest's machine, which no plugin need have.
+pub(crate) trait Panel: Send + Sync {
+    /// Press the power button; says whether the guest listens.
+    fn power_button(&self) -> bool;
+    /// Pull the reset line.
+    fn reset(&self) -> Result<(), String>;
 }
 
 /// The guest of this process, here or still elsewhere.
@@ -403,6 +413,31 @@ impl Vm {
         }
         self.events
             .tell(Teller::Guest, if paused { "paused" } else { "resumed" }, json!({}));
+    }
+
+    /// Press the guest's power button.
+    pub(crate) async fn power_button(&self) -> Result<(), Denied> {
+        let panel = self.panel()?;
+        if blocking(move || panel.power_button()).await? {
+            return Ok(());
+        }
+        Err(Denied::Refused(
+            "the guest does not listen to its power button: its kernel has no ACPI, or has not come to it yet; `stop` ends it"
+                .to_owned(),
+        ))
+    }
+
+    /// Boot the guest again, whatever it does.
+    pub(crate) async fn reboot(&self) -> Result<(), Denied> {
+        let panel = self.panel()?;
+        blocking(move || panel.reset()).await?.map_err(Denied::Failed)
+    }
+
+    fn panel(&self) -> Result<Arc<dyn Panel>, Denied> {
+        let state = self.state();
+        let here = state.here()?;
+        state.not_switching()?;
+        Ok(Arc::clone(&here.resident.panel))
     }
 
     /// End the guest and the process.
