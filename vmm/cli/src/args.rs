@@ -7,6 +7,7 @@ use core::time::Duration;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use umbra_machine::{Backing, HugePages};
 use umbra_quic::{ListenSpec, PathSpec};
 use umbra_units::Bytes;
 
@@ -105,7 +106,7 @@ pub(crate) struct RunArgs {
     /// How many vCPUs, and what the guest sees of the processor (`umbra cpu templates`)
     #[arg(long, value_name = Cpus::SYNTAX, value_parser = Cpus::parse, default_value = "boot=1")]
     pub(crate) cpus: Cpus,
-    /// How much memory, and whether it lies in a memfd that others can map
+    /// How much memory; whether it lies in a memfd that others can map, in huge pages, and is all taken at the start
     #[arg(long, value_name = Memory::SYNTAX, value_parser = Memory::parse, default_value = "size=256M,shared=on")]
     pub(crate) memory: Memory,
     #[command(flatten)]
@@ -144,6 +145,9 @@ pub(crate) struct ShadowArgs {
     /// The initial RAM disk for it
     #[arg(long, alias = "initrd", value_name = "PATH", requires = "kernel")]
     pub(crate) initramfs: Option<PathBuf>,
+    /// What the guest's memory is made of here; how much it is, its source says
+    #[arg(long, value_name = ShadowMemory::SYNTAX, value_parser = ShadowMemory::parse)]
+    pub(crate) memory: Option<ShadowMemory>,
     /// Build no guest with more memory than this
     #[arg(long, value_name = "SIZE", value_parser = |text: &str| units::size("memory-limit", text))]
     pub(crate) memory_limit: Option<Bytes>,
@@ -501,17 +505,47 @@ impl Cpus {
 pub(crate) struct Memory {
     pub(crate) size: Bytes,
     pub(crate) shared: bool,
+    pub(crate) backing: Backing,
 }
 
 impl Memory {
-    const SYNTAX: &'static str = "size=SIZE[,shared=on|off]";
+    const SYNTAX: &'static str = "size=SIZE[,shared=on|off][,hugepages=on|off][,hugepage_size=2M|1G][,prefault=on|off]";
 
     fn parse(text: &str) -> Result<Self, BadValue> {
-        let fields = Fields::of(text, &["size", "shared"])?;
+        let fields = Fields::of(text, &["size", "shared", "hugepages", "hugepage_size", "prefault"])?;
         let size = fields.read("size", units::size)?;
         let shared = fields.read("shared", units::toggle)?.unwrap_or(true);
         let size = size.ok_or_else(|| BadValue::new("size", Self::SYNTAX, text))?;
-        Ok(Self { size, shared })
+        let backing = backing(&fields)?;
+        Ok(Self { size, shared, backing })
+    }
+}
+
+/// What a host backs memory with. A size of huge pages asks for them.
+fn backing(fields: &Fields<'_>) -> Result<Backing, BadValue> {
+    let huge_size = |key, text: &str| match units::size(key, text)? {
+        size if size == HugePages::TwoMib.bytes() => Ok(HugePages::TwoMib),
+        size if size == HugePages::OneGib.bytes() => Ok(HugePages::OneGib),
+        _ => Err(BadValue::new(key, "2M or 1G", text)),
+    };
+    let size = fields.read("hugepage_size", huge_size)?;
+    let huge = fields.read("hugepages", units::toggle)?.unwrap_or_else(|| size.is_some());
+    Ok(Backing {
+        huge_pages: huge.then(|| size.unwrap_or_default()),
+        prefault: fields.read("prefault", units::toggle)?.unwrap_or(false),
+    })
+}
+
+/// `--memory` of `umbra shadow`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ShadowMemory(pub(crate) Backing);
+
+impl ShadowMemory {
+    const SYNTAX: &'static str = "[hugepages=on|off][,hugepage_size=2M|1G][,prefault=on|off]";
+
+    fn parse(text: &str) -> Result<Self, BadValue> {
+        let fields = Fields::of(text, &["hugepages", "hugepage_size", "prefault"])?;
+        backing(&fields).map(Self)
     }
 }
 
@@ -666,7 +700,8 @@ mod tests {
                 Cpus::plain(2),
                 Memory {
                     size: Bytes::mib(512),
-                    shared: false
+                    shared: false,
+                    backing: Backing::default()
                 }
             )
         );
@@ -681,7 +716,8 @@ mod tests {
                 Cpus::plain(4),
                 Memory {
                     size: Bytes::mib(1024),
-                    shared: true
+                    shared: true,
+                    backing: Backing::default()
                 }
             )
         );

@@ -45,6 +45,7 @@ fn config(args: &RunArgs) -> Result<MachineConfig, Failure> {
     let mut config = MachineConfig::new(&args.kernel, args.cpus.boot, args.memory.size)?
         .with_sharing(sharing)
         .with_devices(args.devices.devices())?
+        .with_backing(args.memory.backing)?
         .with_cmdline(args.cmdline.clone())?;
     if let Some(template) = &args.cpus.template {
         config = config.with_template(Template::find(template)?);

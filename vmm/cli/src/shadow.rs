@@ -22,7 +22,9 @@ pub(crate) fn shadow(args: &ShadowArgs) -> Result<Code, Failure> {
     let peers = process::peers(&args.peers)?;
     // A host without KVM says so now, not when a guest is about to come.
     umbra_machine::probe()?;
-    confine::prepare(&args.process, Plans::of([], &args.devices.devices()))?;
+    // A guest that resets here is loaded from these files.
+    let boot = args.kernel.iter().chain(&args.initramfs);
+    confine::prepare(&args.process, Plans::of(boot, &args.devices.devices()))?;
     let process = Process::new(&args.process)?;
     let twin = Twin::default();
     let builder = builder(args, &process, &twin)?;
@@ -62,6 +64,9 @@ fn builder(args: &ShadowArgs, process: &Process, twin: &Twin) -> Result<MachineB
     let mut builder = Machine::builder(move || Process::sinks(&console, &vm)).on_build(move |machine| {
         *twin.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(machine);
     });
+    if let Some(memory) = args.memory {
+        builder = builder.with_backing(memory.0);
+    }
     if let Some(kernel) = args.kernel.clone() {
         let initrd = args.initramfs.clone();
         builder = builder.with_boot_files(BootFiles { kernel, initrd });

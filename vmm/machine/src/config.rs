@@ -29,9 +29,56 @@ pub struct MachineConfig {
     shape: Shape,
     /// Always [complete](Devices::complete).
     devices: Devices,
+    backing: Backing,
     on_reset: OnReset,
     fault: Option<FaultPlan>,
     template: Option<Template>,
+}
+
+/// What a host backs guest memory with. The host's own affair: it does not travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Backing {
+    /// Pages of the host's reserve of huge ones; ordinary ones without.
+    pub huge_pages: Option<HugePages>,
+    /// Take all of it at the start, not each page when it is first touched.
+    pub prefault: bool,
+}
+
+/// A size of huge pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum HugePages {
+    /// 2 MiB.
+    #[default]
+    TwoMib,
+    /// 1 GiB.
+    OneGib,
+}
+
+impl HugePages {
+    /// How large one is.
+    pub const fn bytes(self) -> Bytes {
+        match self {
+            Self::TwoMib => Bytes::mib(2),
+            Self::OneGib => Bytes::mib(1 << 10),
+        }
+    }
+}
+
+impl Backing {
+    /// Whether memory of this shape can be like that: whole huge pages.
+    pub(crate) fn fits(self, shape: Shape) -> Result<(), Error> {
+        match self.huge_pages {
+            Some(huge) if !shape.memory.0.is_multiple_of(huge.bytes().0) => Err(bad(
+                "memory",
+                &format!(
+                    "expected a multiple of huge pages of {}, got {}",
+                    huge.bytes(),
+                    shape.memory
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What happens when the guest asks for a reset: by ACPI, the keyboard controller, or a triple fault.
@@ -83,6 +130,7 @@ impl MachineConfig {
             cmdline: String::new(),
             shape,
             devices: Devices::default(),
+            backing: Backing::default(),
             on_reset: OnReset::default(),
             fault: None,
             template: None,
@@ -134,6 +182,13 @@ impl MachineConfig {
         self
     }
 
+    /// Back guest memory with this.
+    pub fn with_backing(mut self, backing: Backing) -> Result<Self, Error> {
+        backing.fits(self.shape)?;
+        self.backing = backing;
+        Ok(self)
+    }
+
     /// Do this when the guest asks for a reset.
     #[must_use]
     pub const fn with_on_reset(mut self, on_reset: OnReset) -> Self {
@@ -166,6 +221,10 @@ impl MachineConfig {
     /// Its vCPUs and memory.
     pub const fn shape(&self) -> Shape {
         self.shape
+    }
+
+    pub(crate) const fn backing(&self) -> Backing {
+        self.backing
     }
 
     pub(crate) fn boot_files(&self) -> BootFiles {

@@ -21,6 +21,7 @@
 //! | [`config`] | what machine to build: a value that cannot be wrong |
 //! | [`machine`] | everything put together, and its life |
 //! | `memory` | guest memory: mapped once, copied from and to, never referred to |
+//! | `backing` | whether the host has the memory, asked before it is taken |
 //! | `dirty` | harvesting: KVM's log joined with the VMM's own |
 //! | `gate`, `vcpu` | stop and go; one vCPU's thread and exits |
 //! | `emulate`, `fallback` | instructions that KVM's emulator does not know, on hosts that need it |
@@ -60,6 +61,7 @@ pub mod probe;
 
 mod acpi;
 mod backend;
+mod backing;
 mod board;
 mod boot;
 mod counters;
@@ -78,7 +80,7 @@ mod vcpu;
 mod worker;
 
 pub use boot::BootFiles;
-pub use config::{MachineConfig, OnReset, Shape, Sharing};
+pub use config::{Backing, HugePages, MachineConfig, OnReset, Shape, Sharing};
 pub use counters::{Counters, VcpuCounters};
 pub use cpu::Template;
 pub use error::Error;

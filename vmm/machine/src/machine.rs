@@ -40,7 +40,7 @@ use crate::board::fit;
 use crate::board::spec::Spec;
 use crate::boot::{self, BootFiles};
 use crate::config::devices::Devices;
-use crate::config::{MachineConfig, OnReset, Shape};
+use crate::config::{Backing, MachineConfig, OnReset, Shape};
 use crate::counters::{Counters, Tally};
 use crate::cpu::{self, Cpuid, MsrRange, Template};
 use crate::dirty::{DirtyBitmap, Tracker};
@@ -119,6 +119,7 @@ pub struct MachineBuilder {
     on_build: Box<OnBuild>,
     memory_most: Bytes,
     devices: Devices,
+    backing: Backing,
     boot_files: Option<BootFiles>,
     fault: FaultPlan,
 }
@@ -133,6 +134,7 @@ impl Machine {
             shape: config.shape(),
             cpu: WantedCpu::Template(config.template()),
             devices: Wanted::Launched(config.devices()),
+            backing: config.backing(),
             boot_files: Some(config.boot_files()),
             fault: config.fault(),
         };
@@ -151,6 +153,7 @@ impl Machine {
             on_build: Box::new(|_| {}),
             memory_most: limits::MEMORY_MOST,
             devices: Devices::default(),
+            backing: Backing::default(),
             boot_files: None,
             fault: FaultPlan::default(),
         }
@@ -226,7 +229,7 @@ impl Machine {
         let kvm = probe::open_kvm()?;
         let cpus = plan.shape.cpus();
         let vm = Arc::new(create_vm(&kvm)?);
-        let memory = Arc::new(Memory::new(plan.shape)?);
+        let memory = Arc::new(Memory::backed_by(plan.shape, plan.backing)?);
         let log = DirtyBitmap::new(vm.clone())?;
         log.set_slots(memory.blocks(), false)?;
         let gate = Gate::new(cpus.into())?;
@@ -595,6 +598,7 @@ struct Plan<'a> {
     shape: Shape,
     cpu: WantedCpu<'a>,
     devices: Wanted<'a>,
+    backing: Backing,
     boot_files: Option<BootFiles>,
     fault: Option<&'a FaultPlan>,
 }
@@ -832,6 +836,13 @@ impl MachineBuilder {
         Ok(self)
     }
 
+    /// Back the memory of twins with this.
+    #[must_use]
+    pub const fn with_backing(mut self, backing: Backing) -> Self {
+        self.backing = backing;
+        self
+    }
+
     /// Boot twins from these files when they ask for a reset after they have moved here. Without any, a reset ends them:
     /// neither the kernel's file nor its name travels.
     #[must_use]
@@ -861,6 +872,7 @@ impl MachineBuilder {
             shape: wanted.shape,
             cpu: WantedCpu::Like(&wanted.processor, &wanted.hidden_msrs),
             devices: Wanted::Described(&wanted.virtio, &self.devices),
+            backing: self.backing,
             boot_files: self.boot_files.clone(),
             fault: has_fault.then_some(&self.fault),
         };
@@ -888,6 +900,11 @@ impl Sinks {
         }
     }
 
+    /// Console output goes to this process's standard output.
+    pub fn stdout() -> Self {
+        Self::new(Stdout)
+    }
+
     /// Nobody listens to the console.
     pub fn discard() -> Self {
         Self::new(Discard)
@@ -905,6 +922,17 @@ impl Sinks {
     pub fn with_on_restart(mut self, tell: impl Fn() + Send + Sync + 'static) -> Self {
         self.on_restart = Box::new(tell);
         self
+    }
+}
+
+struct Stdout;
+
+impl Out for Stdout {
+    fn put(&self, bytes: &[u8]) {
+        use std::io::Write as _;
+        // A console nobody listens to is no reason to stop the guest.
+        let mut out = std::io::stdout();
+        let _ = out.write_all(bytes).and_then(|()| out.flush());
     }
 }
 
@@ -951,6 +979,7 @@ mod tests {
             shape,
             cpu: WantedCpu::Template(None),
             devices: Wanted::Launched(&Devices::default()),
+            backing: Backing::default(),
             boot_files: None,
             fault: None,
         };

@@ -39,7 +39,8 @@ use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-use crate::config::{Shape, Sharing};
+use crate::backing;
+use crate::config::{Backing, HugePages, Shape, Sharing};
 use crate::error::Error;
 
 /// Guest memory as `vm-memory` knows it: for loaders and devices.
@@ -66,6 +67,8 @@ pub(crate) struct Block {
     mapping: Mapping,
     /// The memfd behind a shared block; `None` for private memory.
     file: Option<File>,
+    /// Memory that was taken at the start is not given back while the machine lives: the host may not give it again.
+    stays_backed: bool,
     /// Pages known to be backed by memory, one bit each.
     touched: Box<[AtomicU64]>,
 }
@@ -87,12 +90,19 @@ unsafe impl Sync for Mapping {}
 const LARGE_PAGE: usize = 2 << 20;
 
 impl Memory {
-    /// RAM of this shape, all zeros.
+    /// RAM of this shape, all zeros, of ordinary pages.
     pub(crate) fn new(shape: Shape) -> Result<Self, Error> {
+        Self::backed_by(shape, Backing::default())
+    }
+
+    /// RAM of this shape, all zeros.
+    pub(crate) fn backed_by(shape: Shape, backing: Backing) -> Result<Self, Error> {
+        backing.fits(shape)?;
+        backing::check(shape, backing)?;
         let space = shape.ram();
         let blocks = (0..)
             .zip(&space.present)
-            .map(|(slot, (first, pages))| Block::new(slot, *first, *pages, shape.sharing()))
+            .map(|(slot, (first, pages))| Block::new(slot, *first, *pages, shape.sharing(), backing))
             .collect::<Result<Vec<_>, _>>()?;
         let regions = blocks.iter().map(Block::region).collect::<Result<Vec<_>, _>>()?;
         let ram = Ram::from_regions(regions).map_err(|error| Error::Host {
@@ -148,7 +158,8 @@ impl Memory {
         for block in &self.blocks {
             let from = first.0.max(block.first.0);
             let to = end.min(block.first.0 + block.pages.0);
-            if from >= to {
+            // Memory that was taken at the start is not given back; what the guest does not use may hold anything.
+            if from >= to || block.stays_backed {
                 continue;
             }
             let run = index(from - block.first.0)..index(to - block.first.0);
@@ -266,13 +277,13 @@ impl Memory {
 }
 
 impl Block {
-    fn new(slot: u32, first: Pfn, pages: PageCount, sharing: Sharing) -> Result<Self, Error> {
+    fn new(slot: u32, first: Pfn, pages: PageCount, sharing: Sharing, backing: Backing) -> Result<Self, Error> {
         let bytes = index(pages.bytes());
         let file = match sharing {
-            Sharing::Shared => Some(memfd(bytes)?),
+            Sharing::Shared => Some(memfd(bytes, backing.huge_pages)?),
             Sharing::Private => None,
         };
-        let mapping = Mapping::new(bytes, file.as_ref())?;
+        let mapping = Mapping::new(bytes, file.as_ref(), backing)?;
         let touched = (0..pages.0.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         Ok(Self {
             slot,
@@ -280,6 +291,7 @@ impl Block {
             pages,
             mapping,
             file,
+            stays_backed: backing != Backing::default(),
             touched,
         })
     }
@@ -327,6 +339,9 @@ impl Block {
 
     /// Fill with zeros; says which runs of pages may have held something else.
     fn clear(&self) -> Result<Vec<Range<u64>>, Error> {
+        if self.stays_backed {
+            return self.clear_in_place();
+        }
         // What is not a hole; memory that cannot tell is one run of data.
         let mut backed = vec![0..self.pages.0];
         for hole in self.holes() {
@@ -339,6 +354,23 @@ impl Block {
             self.discard(&(index(run.start)..index(run.end)))?;
         }
         Ok(backed)
+    }
+
+    /// Write zeros over what is not zero; says which runs that was.
+    fn clear_in_place(&self) -> Result<Vec<Range<u64>>, Error> {
+        let mut cleared: Vec<Range<u64>> = Vec::new();
+        let mut here = [0; PAGE_SIZE];
+        for page in 0..self.pages.0 {
+            self.read(index(page), &mut here)?;
+            if !is_zero(&here) {
+                self.write(index(page), &[0; PAGE_SIZE]);
+                match cleared.last_mut() {
+                    Some(run) if run.end == page => run.end += 1,
+                    _ => cleared.push(page..page + 1),
+                }
+            }
+        }
+        Ok(cleared)
     }
 
     fn is_touched(&self, index: usize) -> bool {
@@ -462,24 +494,31 @@ impl Block {
 }
 
 impl Mapping {
-    /// Map `bytes` of `file`, or of anonymous memory, at a multiple of [`LARGE_PAGE`].
-    fn new(bytes: usize, file: Option<&File>) -> Result<Self, Error> {
-        let room = bytes + LARGE_PAGE;
+    /// Map `bytes` of `file`, or of anonymous memory, at a multiple of [`LARGE_PAGE`] or of its huge pages.
+    fn new(bytes: usize, file: Option<&File>, backing: Backing) -> Result<Self, Error> {
+        let alignment = backing.huge_pages.map_or(LARGE_PAGE, |huge| index(huge.bytes().0));
+        let room = bytes + alignment;
         let reserve = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a new mapping wherever the kernel likes replaces nothing.
         let reserved = unsafe { libc::mmap(std::ptr::null_mut(), room, libc::PROT_NONE, reserve, -1, 0) };
         if reserved == libc::MAP_FAILED {
             return Err(Error::last_os("reserve address space for guest memory"));
         }
-        let skip = reserved.align_offset(LARGE_PAGE);
+        let skip = reserved.align_offset(alignment);
         let aligned = reserved.wrapping_byte_add(skip);
         let (kind, fd) = match file {
             Some(file) => (libc::MAP_SHARED, file.as_raw_fd()),
             None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
         };
-        let flags = kind | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        // Huge pages are promised by mapping them: without the promise, a touch may end in a bus error.
+        let of_a_kind = match (backing.huge_pages, file) {
+            (None, _) => libc::MAP_NORESERVE,
+            (Some(_), Some(_)) => 0,
+            (Some(huge), None) => libc::MAP_HUGETLB | size_flag(huge),
+        };
+        let flags = kind | libc::MAP_FIXED | of_a_kind;
         // SAFETY: MAP_FIXED replaces only part of the reservation just made, which nobody else knows: `skip` is less
-        // than LARGE_PAGE, and the reservation is LARGE_PAGE longer than `bytes`.
+        // than `alignment`, and the reservation is that much longer than `bytes`.
         let mapped = unsafe { libc::mmap(aligned, bytes, libc::PROT_READ | libc::PROT_WRITE, flags, fd, 0) };
         let failed = (mapped == libc::MAP_FAILED).then(|| Error::last_os("map guest memory"));
         let (kept, keep) = if failed.is_some() {
@@ -500,7 +539,31 @@ impl Mapping {
         unsafe { libc::madvise(aligned, bytes, libc::MADV_HUGEPAGE) };
         // SAFETY: as above: guest memory does not belong in a core dump.
         unsafe { libc::madvise(aligned, bytes, libc::MADV_DONTDUMP) };
-        Ok(Self { address, bytes })
+        let mapping = Self { address, bytes };
+        if backing.prefault {
+            mapping.prefault()?;
+        }
+        Ok(mapping)
+    }
+
+    /// Take every page now.
+    fn prefault(&self) -> Result<(), Error> {
+        // SAFETY: of a mapping we own; the kernel does what a write to each page would, and changes no content.
+        let done = unsafe { libc::madvise(self.address.as_ptr().cast(), self.bytes, libc::MADV_POPULATE_WRITE) };
+        if done != 0 {
+            return Err(Error::last_os(
+                "take guest memory at once (prefault, which needs Linux 5.14)",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// How mmap(2) and memfd_create(2) are told the size of huge pages: its logarithm, in the same bits for both.
+const fn size_flag(huge: HugePages) -> libc::c_int {
+    match huge {
+        HugePages::TwoMib => libc::MAP_HUGE_2MB,
+        HugePages::OneGib => libc::MAP_HUGE_1GB,
     }
 }
 
@@ -550,9 +613,10 @@ fn seek(file: &File, from: u64, whence: libc::c_int) -> Option<u64> {
 }
 
 /// A file in memory, `bytes` long and empty.
-fn memfd(bytes: usize) -> Result<File, Error> {
+fn memfd(bytes: usize, huge_pages: Option<HugePages>) -> Result<File, Error> {
+    let huge = huge_pages.map_or(0, |huge| libc::MFD_HUGETLB | size_flag(huge).cast_unsigned());
     // SAFETY: the name is a C string; no other memory is involved.
-    let fd = unsafe { libc::memfd_create(c"umbra-guest".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(c"umbra-guest".as_ptr(), libc::MFD_CLOEXEC | huge) };
     if fd < 0 {
         return Err(Error::last_os("create a memfd for guest memory"));
     }
@@ -732,6 +796,60 @@ mod tests {
             } else {
                 assert_eq!(written.count(), PageCount(2048), "nobody knows");
             }
+        }
+    }
+
+    #[test]
+    fn memory_taken_at_the_start_is_all_there_and_stays_when_it_is_cleared() {
+        let backing = Backing {
+            prefault: true,
+            ..Backing::default()
+        };
+        for sharing in [Sharing::Shared, Sharing::Private] {
+            let shape = Shape::new(1, Bytes::mib(8), sharing).unwrap();
+            let memory = Memory::backed_by(shape, backing).unwrap();
+            memory.apply_page(Pfn(7), &[1; PAGE_SIZE]).unwrap();
+            memory.forget_device_writes();
+            memory.clear().unwrap();
+            let written = memory.take_device_writes(&memory.blocks[0]);
+            assert_eq!((written[0], written[1..].iter().sum::<u64>()), (1 << 7, 0));
+            let mut page = [1; PAGE_SIZE];
+            memory.read_page(Pfn(7), &mut page).unwrap();
+            assert!(is_zero(&page));
+            if sharing == Sharing::Shared {
+                assert_eq!(backed(&memory), 8 << 20);
+            }
+        }
+    }
+
+    #[test]
+    fn huge_pages_are_what_memory_is_made_of_or_the_host_has_none() {
+        for sharing in [Sharing::Shared, Sharing::Private] {
+            let backing = Backing {
+                huge_pages: Some(HugePages::TwoMib),
+                prefault: false,
+            };
+            let shape = Shape::new(1, Bytes::mib(8), sharing).unwrap();
+            let memory = match Memory::backed_by(shape, backing) {
+                Ok(memory) => memory,
+                Err(error) => {
+                    assert!(
+                        error
+                            .to_string()
+                            .starts_with("memory: 4 huge pages of 2.0 MiB needed, "),
+                        "{error}"
+                    );
+                    eprintln!("SKIPPED: {error}");
+                    continue;
+                }
+            };
+            memory.apply_page(Pfn(513), &[1; PAGE_SIZE]).unwrap();
+            let mut out = Vec::new();
+            memory.read_pages(&[Pfn(512), Pfn(513)], &mut out).unwrap();
+            assert_eq!(out, [[0; PAGE_SIZE], [1; PAGE_SIZE]].concat());
+            memory.forget_device_writes();
+            memory.clear().unwrap();
+            assert_eq!(memory.take_device_writes(&memory.blocks[0])[8], 2);
         }
     }
 
