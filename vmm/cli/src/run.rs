@@ -15,7 +15,7 @@ use crate::say;
 pub(crate) fn run(args: &RunArgs) -> Result<Code, Failure> {
     let config = config(args)?;
     // A guest that resets is loaded again from its files.
-    let boot = std::iter::once(&args.kernel).chain(&args.initrd);
+    let boot = std::iter::once(&args.kernel).chain(&args.initramfs);
     confine::prepare(&args.process, Plans::of(boot, &args.devices.devices()))?;
     let process = Process::new(&args.process)?;
     let machine = Machine::launch(&config, Process::sinks(&process.console, &process.vm))?;
