@@ -106,6 +106,21 @@ impl Console {
         self.heard.push(recording);
     }
 
+    /// Everything it said, wherever it was, whoever reads it otherwise.
+    pub fn text(&self) -> String {
+        let mut bytes = Vec::new();
+        for recording in &self.heard {
+            for (_, chunk) in &recording.heard().chunks {
+                bytes.extend_from_slice(chunk);
+            }
+        }
+        // Lossless in length, so that a place in the text stays one: consoles here speak ASCII.
+        bytes
+            .iter()
+            .map(|byte| if byte.is_ascii() { char::from(*byte) } else { '?' })
+            .collect()
+    }
+
     /// Read what there is. The next process's words are read when the one before can say nothing more.
     pub fn read(&mut self) {
         loop {

@@ -16,8 +16,8 @@ use crate::world::Shared;
 /// One of the story's hosts. They share a machine and nothing else.
 #[derive(Debug)]
 pub struct Host {
-    world: Arc<Shared>,
-    name: String,
+    pub(crate) world: Arc<Shared>,
+    pub(crate) name: String,
     identity: PathBuf,
     fingerprint: String,
 }

@@ -36,6 +36,7 @@
 //! | [`world`] | one story's folder, hosts and evidence |
 //! | [`host`] | a host: an identity, and the processes started on it |
 //! | [`vm`], [`guest`] | a guest that runs, and what it is to do |
+//! | [`linux`], [`lan`] | a guest that is a Linux, and a network for it |
 //! | [`process`] | a child process, observed; [`events`] and [`console`] read what it says |
 //! | [`roads`] | the network between two hosts |
 //! | [`api`] | a very small HTTP client |
@@ -51,6 +52,8 @@ pub mod console;
 pub mod events;
 pub mod guest;
 pub mod host;
+pub mod lan;
+pub mod linux;
 pub mod process;
 pub mod roads;
 pub mod vm;

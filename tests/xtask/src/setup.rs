@@ -36,6 +36,18 @@ const TOOLS: &[Tool] = &[
         packages: &["binutils"],
         why: "lays out the guest kernel",
     },
+    Tool {
+        program: "ip",
+        probe: &["-V"],
+        packages: &["iproute2"],
+        why: "makes the networks of the tests with network cards, each in a namespace of its own",
+    },
+    Tool {
+        program: "mkfs.ext4",
+        probe: &["-V"],
+        packages: &["e2fsprogs"],
+        why: "makes the filesystem that a guest keeps across moves",
+    },
 ];
 
 /// What this machine can do beyond building.
