@@ -343,7 +343,7 @@ pub(crate) struct MigrateArgs {
 }
 
 /// How much is compared in a switchover.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Verify {
     /// The digest over the hashes of everything sent.
@@ -610,7 +610,7 @@ pub(crate) struct Follow {
 }
 
 /// When batches are compressed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Compression {
     /// When the link is slower than the processor.

@@ -7,6 +7,7 @@
 //! | `GET` | `/api/v1/jobs/last` | [`types::Job`], 404 before the first |
 //! | `GET` | `/api/v1/events` | one [`types::Event`] per line, until the process ends |
 //! | `GET` | `/api/v1/metrics` | Prometheus text |
+//! | `GET` | `/api/v1/openapi.json` | all of this, for programs; `docs/openapi.json` is the same |
 //! | `PUT` | `/api/v1/pause`, `resume`, `power-button`, `reboot`, `stop`, `unprotect`, `cancel` | 204 |
 //! | `PUT` | `/api/v1/protect` | [`types::ProtectRequest`]; 204 when the shadow has answered |
 //! | `PUT` | `/api/v1/migrate` | [`types::MigrateRequest`]; 202 and [`types::Accepted`] at once |
@@ -19,5 +20,7 @@ pub(crate) mod metrics;
 pub(crate) mod server;
 pub(crate) mod types;
 
+#[cfg(test)]
+mod openapi;
 #[cfg(test)]
 mod tests;

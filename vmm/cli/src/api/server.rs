@@ -1,4 +1,5 @@
 //! The process's end of the API socket.
+#![allow(unused_qualifications, reason = "utoipa's macros name every schema by its path")]
 
 use std::os::unix::net::UnixListener;
 use std::pin::Pin;
@@ -10,16 +11,21 @@ use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, FromRequest, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, put};
+use axum::routing::get;
 use bytes::Bytes;
 use hyper::body::Frame;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
+use utoipa::openapi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use crate::api::metrics;
-use crate::api::types::{Accepted, ErrorAnswer, MigrateRequest, ProtectRequest, ResumeRequest};
+use crate::api::types::{
+    Accepted, ErrorAnswer, Event, Job, MigrateRequest, Ping, ProtectRequest, ResumeRequest, Status,
+};
 use crate::events;
 use crate::limits;
 use crate::vm::{Denied, Vm};
@@ -62,53 +68,74 @@ impl Server {
     }
 }
 
-fn router(vm: Arc<Vm>) -> Router {
-    let api = Router::new()
-        .route(
-            "/ping",
-            get(async |State(vm): State<Arc<Vm>>| json(StatusCode::OK, &vm.ping())),
-        )
-        .route(
-            "/status",
-            get(async |State(vm): State<Arc<Vm>>| json(StatusCode::OK, &vm.status().await)),
-        )
-        .route("/jobs/last", get(last_job))
-        .route("/events", get(async |State(vm): State<Arc<Vm>>| stream(&vm)))
-        .route("/metrics", get(show_metrics))
-        .route("/pause", put(async |State(vm): State<Arc<Vm>>| done(vm.pause().await)))
-        .route("/resume", put(resume))
-        .route(
-            "/stop",
-            put(async |State(vm): State<Arc<Vm>>| done(vm.stop("by its operator"))),
-        )
-        .route(
-            "/power-button",
-            put(async |State(vm): State<Arc<Vm>>| done(vm.power_button().await)),
-        )
-        .route(
-            "/reboot",
-            put(async |State(vm): State<Arc<Vm>>| done(vm.reboot().await)),
-        )
-        .route("/protect", put(protect))
-        .route(
-            "/unprotect",
-            put(async |State(vm): State<Arc<Vm>>| done(vm.unprotect().await)),
-        )
-        .route("/migrate", put(migrate))
-        .route(
-            "/cancel",
-            put(async |State(vm): State<Arc<Vm>>| done(vm.cancel().await)),
-        )
-        .method_not_allowed_fallback(async || {
-            error(StatusCode::METHOD_NOT_ALLOWED, "the other method, GET or PUT, expected")
-        })
-        .layer(DefaultBodyLimit::max(limits::REQUEST_BYTES))
-        .with_state(vm);
-    Router::new().nest("/api/v1", api).fallback(async |request: Request| {
-        error(StatusCode::NOT_FOUND, &format!("there is no {}", request.uri().path()))
-    })
+/// The API and its description, which are one thing: a handler that is not described cannot be reached, and one that is
+/// described is.
+fn api() -> OpenApiRouter<Arc<Vm>> {
+    let mut description = openapi::OpenApi::default();
+    description.info = openapi::Info::builder()
+        .title("Umbra")
+        .version(env!("CARGO_PKG_VERSION"))
+        .description(Some(
+            "One guest's process, over HTTP/1.1 on its UNIX socket. Times are milliseconds, sizes are bytes, shares lie \
+             between 0 and 1; the name says which.",
+        ))
+        .license(Some(openapi::LicenseBuilder::new().name("Apache-2.0").build()))
+        .build();
+    let methods = OpenApiRouter::new()
+        .routes(routes!(ping))
+        .routes(routes!(status))
+        .routes(routes!(last_job))
+        .routes(routes!(stream))
+        .routes(routes!(show_metrics))
+        .routes(routes!(pause))
+        .routes(routes!(resume))
+        .routes(routes!(power_button))
+        .routes(routes!(reboot))
+        .routes(routes!(stop))
+        .routes(routes!(protect))
+        .routes(routes!(unprotect))
+        .routes(routes!(migrate))
+        .routes(routes!(cancel));
+    OpenApiRouter::with_openapi(description).nest("/api/v1", methods)
 }
 
+/// What `docs/openapi.json` holds, and `GET /api/v1/openapi.json` answers.
+#[cfg(test)]
+pub(crate) fn description() -> openapi::OpenApi {
+    api().into_openapi()
+}
+
+fn router(vm: Arc<Vm>) -> Router {
+    let (api, description) = api().split_for_parts();
+    api.route(
+        "/api/v1/openapi.json",
+        get(async move || json(StatusCode::OK, &description)),
+    )
+    .method_not_allowed_fallback(async || {
+        error(StatusCode::METHOD_NOT_ALLOWED, "the other method, GET or PUT, expected")
+    })
+    .layer(DefaultBodyLimit::max(limits::REQUEST_BYTES))
+    .with_state(vm)
+    .fallback(async |request: Request| error(StatusCode::NOT_FOUND, &format!("there is no {}", request.uri().path())))
+}
+
+/// Whether somebody is there, and who.
+#[utoipa::path(get, path = "/ping", responses((status = OK, body = Ping)))]
+async fn ping(State(vm): State<Arc<Vm>>) -> Response {
+    json(StatusCode::OK, &vm.ping())
+}
+
+/// Where everything stands.
+#[utoipa::path(get, path = "/status", responses((status = OK, body = Status)))]
+async fn status(State(vm): State<Arc<Vm>>) -> Response {
+    json(StatusCode::OK, &vm.status().await)
+}
+
+/// The latest long job, running or over.
+#[utoipa::path(get, path = "/jobs/last", responses(
+    (status = OK, body = Job),
+    (status = NOT_FOUND, description = "No long job has been asked for yet", body = ErrorAnswer),
+))]
 async fn last_job(State(vm): State<Arc<Vm>>) -> Response {
     match vm.last_job() {
         Some(job) => json(StatusCode::OK, &job),
@@ -116,24 +143,109 @@ async fn last_job(State(vm): State<Arc<Vm>>) -> Response {
     }
 }
 
+/// What happens, from now on until the process ends: one JSON object per line.
+#[utoipa::path(get, path = "/events", responses(
+    (status = OK, body = Event, content_type = "application/x-ndjson"),
+))]
+async fn stream(State(vm): State<Arc<Vm>>) -> Response {
+    follow(&vm)
+}
+
+/// The status as Prometheus text.
+#[utoipa::path(get, path = "/metrics", responses((status = OK, body = String, content_type = "text/plain")))]
 async fn show_metrics(State(vm): State<Arc<Vm>>) -> Response {
     let text = metrics::text(&vm.status().await);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
+/// Stop the guest's vCPUs. Twice is as good as once.
+#[utoipa::path(put, path = "/pause", responses(Done))]
+async fn pause(State(vm): State<Arc<Vm>>) -> Response {
+    done(vm.pause().await)
+}
+
+/// Let the guest's vCPUs run.
+#[utoipa::path(put, path = "/resume", request_body = Option<ResumeRequest>, responses(Done))]
 async fn resume(State(vm): State<Arc<Vm>>, body: Wish<ResumeRequest>) -> Response {
     done(vm.resume(body.0.peer_is_dead).await)
 }
 
+/// Press the guest's power button: it is asked to shut down in its own order.
+#[utoipa::path(put, path = "/power-button", responses(Done))]
+async fn power_button(State(vm): State<Arc<Vm>>) -> Response {
+    done(vm.power_button().await)
+}
+
+/// Reset the guest at once, as the button on a case does; it boots again.
+#[utoipa::path(put, path = "/reboot", responses(Done))]
+async fn reboot(State(vm): State<Arc<Vm>>) -> Response {
+    done(vm.reboot().await)
+}
+
+/// End the guest and its process.
+#[utoipa::path(put, path = "/stop", responses(Done))]
+async fn stop(State(vm): State<Arc<Vm>>) -> Response {
+    done(vm.stop("by its operator"))
+}
+
+/// Start keeping a shadow of the guest. Answered when the shadow has.
+#[utoipa::path(put, path = "/protect", request_body = ProtectRequest, responses(Done))]
 async fn protect(State(vm): State<Arc<Vm>>, body: Wish<ProtectRequest>) -> Response {
     done(vm.protect(body.0).await)
 }
 
+/// Stop keeping a shadow. The guest stays where it is.
+#[utoipa::path(put, path = "/unprotect", responses(Done))]
+async fn unprotect(State(vm): State<Arc<Vm>>) -> Response {
+    done(vm.unprotect().await)
+}
+
+/// Move the guest to its shadow. Answered at once; the job goes on.
+#[utoipa::path(put, path = "/migrate", request_body = Option<MigrateRequest>, responses(Started))]
 async fn migrate(State(vm): State<Arc<Vm>>, body: Wish<MigrateRequest>) -> Response {
-    match vm.migrate(&body.0) {
-        Ok(job) => json(StatusCode::ACCEPTED, &Accepted { job }),
-        Err(denied) => deny(&denied),
-    }
+    started(vm.migrate(&body.0))
+}
+
+/// Take back a switchover that has not reached its commit point.
+#[utoipa::path(put, path = "/cancel", responses(Done))]
+async fn cancel(State(vm): State<Arc<Vm>>) -> Response {
+    done(vm.cancel().await)
+}
+
+/// How something that is done by the time it is answered is answered.
+#[derive(utoipa::IntoResponses)]
+#[expect(dead_code, reason = "a description; `done` and `deny` are what it describes")]
+enum Done {
+    /// Done
+    #[response(status = NO_CONTENT)]
+    Carried,
+    /// The request is wrong
+    #[response(status = BAD_REQUEST)]
+    Malformed(#[to_schema] ErrorAnswer),
+    /// Refused; nothing has changed
+    #[response(status = CONFLICT)]
+    Refused(#[to_schema] ErrorAnswer),
+    /// Tried, and failed
+    #[response(status = INTERNAL_SERVER_ERROR)]
+    Failed(#[to_schema] ErrorAnswer),
+}
+
+/// How something that takes long is answered.
+#[derive(utoipa::IntoResponses)]
+#[expect(dead_code, reason = "a description; `started` and `deny` are what it describes")]
+enum Started {
+    /// It goes on: see the job and its events
+    #[response(status = ACCEPTED)]
+    Accepted(#[to_schema] Accepted),
+    /// The request is wrong
+    #[response(status = BAD_REQUEST)]
+    Malformed(#[to_schema] ErrorAnswer),
+    /// Refused; nothing has changed
+    #[response(status = CONFLICT)]
+    Refused(#[to_schema] ErrorAnswer),
+    /// Tried, and failed
+    #[response(status = INTERNAL_SERVER_ERROR)]
+    Failed(#[to_schema] ErrorAnswer),
 }
 
 /// A request's body; an empty one is `{}`.
@@ -164,6 +276,13 @@ fn done(result: Result<(), Denied>) -> Response {
     }
 }
 
+fn started(result: Result<u64, Denied>) -> Response {
+    match result {
+        Ok(job) => json(StatusCode::ACCEPTED, &Accepted { job }),
+        Err(denied) => deny(&denied),
+    }
+}
+
 fn deny(denied: &Denied) -> Response {
     let status = match denied {
         Denied::Malformed(_) => StatusCode::BAD_REQUEST,
@@ -183,7 +302,7 @@ fn json(status: StatusCode, body: &impl serde::Serialize) -> Response {
 }
 
 /// The events from now on. The answer's head is sent only when nothing can be missed any more.
-fn stream(vm: &Vm) -> Response {
+fn follow(vm: &Vm) -> Response {
     let mut listening = vm.events().listen();
     let (lines, body) = mpsc::channel(LINES_AHEAD);
     tokio::spawn(async move {

@@ -14,6 +14,7 @@ use umbra_quic::{Identity, ListenConfig, Listener, Peers, Tuning};
 use umbra_units::{Bytes, PageCount, PageId, Pfn, SpaceId};
 
 use super::client::{Client, EventStream};
+use super::openapi;
 use super::server::Server;
 use super::types::{Accepted, Event, GuestState, Job, JobState, ProtectRequest, Role, Status};
 use crate::events::Events;
@@ -95,6 +96,13 @@ impl Process {
 
     async fn status(&self) -> Status {
         self.client.get("status").await.unwrap()
+    }
+
+    /// What `GET path` answers, which must be as `docs/openapi.json` says.
+    async fn assert_described(&self, path: &str) {
+        let answer = self.client.get_bytes(path).await.unwrap();
+        let answer = serde_json::from_slice(&answer).unwrap();
+        openapi::assert_described("get", &format!("/api/v1/{path}"), 200, &answer);
     }
 
     async fn put(&self, path: &str, body: Value) -> Result<(), Failure> {
@@ -268,7 +276,10 @@ async fn a_guest_moves_and_whoever_listens_hears_how_it_went() {
         (Role::Shadow, Role::Running)
     );
     let mut events = source.client.events().await.unwrap();
+    shadow.assert_described("status").await;
     source.protect(&shadow, &addr).await;
+    source.assert_described("ping").await;
+    source.assert_described("status").await;
     let status = source.status().await;
     assert_eq!(
         (status.role, status.peer, status.pages),
@@ -286,8 +297,12 @@ async fn a_guest_moves_and_whoever_listens_hears_how_it_went() {
         .unwrap();
     next(&mut events, "stop-decided").await;
     assert_eq!(next(&mut events, "gave-up").await.properties["term"], 2);
-    let finished: Job = serde_json::from_value(next(&mut events, "job-finished").await.properties).unwrap();
+    let told = next(&mut events, "job-finished").await;
+    openapi::assert_described("get", "/api/v1/events", 200, &serde_json::to_value(&told).unwrap());
+    let finished: Job = serde_json::from_value(told.properties).unwrap();
     assert_eq!((finished.id, finished.state), (job, JobState::Done));
+    source.assert_described("jobs/last").await;
+    source.assert_described("status").await;
     let report = finished.report.unwrap();
     assert_eq!((report.term, &report.to, report.audited), (2, &vec![addr], true));
 
@@ -572,6 +587,7 @@ async fn what_is_wrong_with_a_request_is_said_by_name() {
         .await
         .unwrap_err();
     assert!(missing.text.starts_with("to: `nowhere`: quic:IP:PORT"), "{missing}");
+    assert_eq!(source.client.get::<Value>("openapi.json").await.unwrap(), openapi::description());
     let gone = source.client.get::<Value>("nothing").await.unwrap_err();
     assert_eq!(gone.text, "there is no /api/v1/nothing");
     let method = source.client.get::<Value>("pause").await.unwrap_err();

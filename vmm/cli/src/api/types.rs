@@ -9,11 +9,12 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use umbra_core::batch;
 use umbra_core::report;
+use utoipa::ToSchema;
 
 pub(crate) use crate::args::{Compression, Verify};
 
 /// `GET /api/v1/ping`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Ping {
     /// The program's version.
     pub(crate) version: String,
@@ -24,7 +25,7 @@ pub(crate) struct Ping {
 }
 
 /// What this process is to a guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Role {
     /// Its VMM; nobody shadows it.
@@ -38,7 +39,7 @@ pub(crate) enum Role {
 }
 
 /// What the guest itself is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum GuestState {
     /// Its vCPUs run here.
@@ -56,7 +57,7 @@ pub(crate) enum GuestState {
 }
 
 /// `GET /api/v1/status`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Status {
     /// The program's version.
     pub(crate) version: String,
@@ -121,7 +122,7 @@ pub(crate) struct Status {
 }
 
 /// How pages travelled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 pub(crate) struct PageCounts {
     /// Not at all: the shadow has that very content.
     pub(crate) same: u64,
@@ -141,7 +142,7 @@ impl From<batch::PageCounts> for PageCounts {
 }
 
 /// One network route.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct PathStatus {
     /// Its place in the operator's list.
     pub(crate) id: u16,
@@ -170,7 +171,7 @@ pub(crate) struct PathStatus {
 }
 
 /// The paths together.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct LinkStatus {
     /// Blocks accepted for sending.
     pub(crate) blocks_sent: u64,
@@ -189,7 +190,7 @@ pub(crate) struct LinkStatus {
 }
 
 /// A long command: it was answered at once and goes on.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Job {
     /// Counted from one in each process.
     pub(crate) id: u64,
@@ -204,7 +205,7 @@ pub(crate) struct Job {
 }
 
 /// What was asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum JobKind {
     /// Move the guest.
@@ -212,7 +213,7 @@ pub(crate) enum JobKind {
 }
 
 /// How a job stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum JobState {
     /// Under way.
@@ -224,7 +225,7 @@ pub(crate) enum JobState {
 }
 
 /// What a finished switchover did.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct SwitchoverReport {
     /// The guest.
     pub(crate) guest: String,
@@ -255,7 +256,7 @@ pub(crate) struct SwitchoverReport {
 }
 
 /// Where a pause went, in the order it happened.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Breakdown {
     /// Asking the vCPUs to stop until the last had.
     pub(crate) stop: f64,
@@ -337,7 +338,7 @@ impl SwitchoverReport {
 }
 
 /// `PUT /api/v1/protect`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct ProtectRequest {
     /// Paths to the shadow, `quic:IP:PORT[,local=IP[:PORT]]`.
@@ -346,6 +347,7 @@ pub(crate) struct ProtectRequest {
     pub(crate) peers: Vec<String>,
     /// A directory with the identity to show; the process's own, if `null`.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub(crate) identity: Option<PathBuf>,
     /// Page contents kept to make deltas against.
     #[serde(default)]
@@ -359,7 +361,7 @@ pub(crate) struct ProtectRequest {
 }
 
 /// `PUT /api/v1/migrate`. What is `null` or missing is as `umbra migrate --help` says.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct MigrateRequest {
     /// Stop the guest only when the pause is predicted to be at most this.
@@ -373,14 +375,14 @@ pub(crate) struct MigrateRequest {
 }
 
 /// The answer to `PUT /api/v1/migrate`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Accepted {
     /// The job's number: see [`Status::job`] and the event `job-finished`.
     pub(crate) job: u64,
 }
 
 /// `PUT /api/v1/resume`.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct ResumeRequest {
     /// The operator vouches that the other host is dead and will not run the guest.
@@ -388,14 +390,14 @@ pub(crate) struct ResumeRequest {
 }
 
 /// Any answer of 400 and above.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct ErrorAnswer {
     /// Why, in one line for an operator.
     pub(crate) error: String,
 }
 
 /// One line of `GET /api/v1/events` and of `--event-monitor`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Event {
     /// Since 1970.
     pub(crate) timestamp: Timestamp,
@@ -408,7 +410,7 @@ pub(crate) struct Event {
 }
 
 /// A moment by the host's clock.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Timestamp {
     /// Whole seconds.
     pub(crate) secs: u64,
