@@ -11,6 +11,7 @@
 //! | `figure` | a figure: samples, median, 99th percentile, aim |
 //! | `moves` | pauses and evacuation |
 //! | `seeding` | the first full copy |
+//! | `snapshots` | keeping a guest in a folder, and bringing it back |
 //! | `start` | starting a guest, what it costs, and the demo |
 //! | `usage` | what the kernel says of a process |
 #![forbid(unsafe_code)]
@@ -19,6 +20,7 @@ mod figure;
 mod moves;
 mod peers;
 mod seeding;
+mod snapshots;
 mod start;
 mod traffic;
 mod usage;
@@ -51,6 +53,16 @@ const FAMILIES: &[Family] = &[
     Family {
         names: &["seed_throughput", "seed_cpu_tx", "seed_cpu_rx"],
         measure: seeding::incompressible,
+        samples: (20, 2),
+    },
+    Family {
+        names: &["snapshot_pause", "snapshot_total", "restore_total"],
+        measure: snapshots::idle,
+        samples: (20, 2),
+    },
+    Family {
+        names: &["snapshot_pause_busy", "snapshot_total_busy"],
+        measure: snapshots::busy,
         samples: (20, 2),
     },
     Family {

@@ -84,6 +84,12 @@ pub struct Console {
     /// A line of the guest that has begun; none in a row of beats.
     line: Option<String>,
     beats: Vec<Instant>,
+    /// How often it had beaten before it was first heard here.
+    before: usize,
+    /// That number is not known yet, but for its last digit: see [`Console::in_the_middle`].
+    adrift: bool,
+    /// Nothing was heard yet that begins a line or a row of beats.
+    headless: bool,
     lines: Vec<(Instant, String)>,
     wrong: Option<String>,
 }
@@ -96,8 +102,21 @@ impl Console {
             at: (0, 0),
             line: None,
             beats: Vec::new(),
+            before: 0,
+            adrift: false,
+            headless: false,
             lines: Vec::new(),
             wrong: None,
+        }
+    }
+
+    /// Of a guest that goes on in this process from a moment nobody knows: what comes before its first line feed may be
+    /// half of a line, the first digit is believed, and the first status line says how often it has beaten.
+    pub(crate) fn in_the_middle(recording: Arc<Recording>) -> Self {
+        Self {
+            adrift: true,
+            headless: true,
+            ..Self::new(recording)
         }
     }
 
@@ -141,6 +160,10 @@ impl Console {
     }
 
     fn hear(&mut self, at: Instant, byte: u8) {
+        if self.headless {
+            self.headless = byte != b'\n';
+            return;
+        }
         match (&mut self.line, byte) {
             (Some(line), b'\n') => {
                 let line = std::mem::take(line);
@@ -151,9 +174,12 @@ impl Console {
             (Some(line), _) => line.push(char::from(byte)),
             (None, b'\n') => {}
             (None, b'0'..=b'9') => {
-                let due = self.beats.len() % 10;
+                if self.adrift && self.beats.is_empty() {
+                    self.before = usize::from(byte - b'0');
+                }
+                let due = self.counted() % 10;
                 if usize::from(byte - b'0') != due {
-                    let (count, got) = (self.beats.len(), char::from(byte));
+                    let (count, got) = (self.counted(), char::from(byte));
                     self.fault(format!("after {count} beats {due} was due and {got} came"));
                 }
                 self.beats.push(at);
@@ -167,11 +193,18 @@ impl Console {
             .strip_prefix('#')
             .and_then(|rest| rest.split(' ').next())
             .and_then(|count| count.parse().ok());
+        if let (true, Some(count)) = (self.adrift, count)
+            && count >= self.beats.len()
+            && (self.beats.is_empty() || count % 10 == self.counted() % 10)
+        {
+            self.before = count - self.beats.len();
+            self.adrift = false;
+        }
         match count {
-            Some(count) if self.beats.len() != count => {
+            Some(count) if self.counted() != count => {
                 self.fault(format!(
                     "the guest counted {count} beats, {} were heard: {line}",
-                    self.beats.len()
+                    self.counted()
                 ));
             }
             Some(_) if !line.ends_with(" ok") => self.fault(format!("the guest is not well: {line}")),
@@ -189,7 +222,12 @@ impl Console {
         self.wrong.as_deref()
     }
 
-    /// How often it beat.
+    /// How often it has beaten in its life, as far as is known.
+    const fn counted(&self) -> usize {
+        self.before + self.beats.len()
+    }
+
+    /// How often it was heard to beat.
     pub const fn beats(&self) -> usize {
         self.beats.len()
     }
@@ -265,6 +303,23 @@ mod tests {
             console(&["0\nCORRUPT cpu=0\n"]).wrong(),
             Some("the guest says: CORRUPT cpu=0")
         );
+    }
+
+    #[test]
+    fn a_guest_that_goes_on_from_somewhere_is_held_to_its_own_count() {
+        let heard = |text: &str| {
+            let mut console = Console::in_the_middle(Arc::default());
+            console.heard[0].hear(text.as_bytes());
+            console.read();
+            console
+        };
+        for text in ["es=7 ok\n456\n#2007 pages=7 ok\n789", "3456\n#2007 pages=7 ok\n789"] {
+            let console = heard(text);
+            assert_eq!((console.wrong(), console.counted()), (None, 2010), "{text}");
+        }
+        assert_eq!(heard("x\n457").wrong(), Some("after 6 beats 6 was due and 7 came"));
+        assert!(heard("x\n456\n#2008 ok\n").wrong().is_some());
+        assert!(heard("x\n456\n#2007 ok\n8").wrong().is_some());
     }
 
     #[test]

@@ -71,6 +71,17 @@ impl Host {
         Ok(Vm::new(process, console))
     }
 
+    /// `umbra restore` of a snapshot that was taken while its guest ran on: it goes on from somewhere.
+    pub fn restore(&self, from: &std::path::Path, more: &[&str]) -> Result<Vm> {
+        let (from, identity) = (from.display().to_string(), self.identity.display().to_string());
+        let mut args = vec!["restore", "--from", &from, "--identity", &identity];
+        args.extend(more);
+        let args: Vec<String> = args.into_iter().map(str::to_owned).collect();
+        let process = Process::start(&self.world, &format!("restored on {}", self.name), &args, 0)?;
+        let console = Console::in_the_middle(Arc::clone(process.serial()));
+        Ok(Vm::new(process, console))
+    }
+
     /// The arguments of `umbra run` for this guest.
     pub fn run_args(&self, guest: &Guest) -> Vec<String> {
         let kernel = self.world.programs.guest.display().to_string();

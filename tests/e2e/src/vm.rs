@@ -1,5 +1,6 @@
 //! A guest that runs, and what can be done with it.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -253,6 +254,53 @@ impl Vm {
         let (mut vm, report) = self.arrives_at(shadow, job)?;
         vm.beats_on(200)?;
         Ok((vm, report))
+    }
+
+    /// Keep it in the folder `to`, with these fields of the request; the report.
+    pub fn keep(&self, to: &Path, request: &Value) -> Result<Value> {
+        let done = self.keeping_ends(to, request)?;
+        ensure!(done["state"] == "done", "the snapshot failed: {done}");
+        Ok(done["snapshot"].clone())
+    }
+
+    /// The same when it is to fail; why.
+    pub fn keeping_fails(&self, to: &Path, request: &Value) -> Result<String> {
+        let done = self.keeping_ends(to, request)?;
+        ensure!(done["state"] == "failed", "the snapshot succeeded: {done}");
+        let why = done["error"].as_str().unwrap_or_default().to_owned();
+        ensure!(!why.is_empty() && !why.contains('\n'), "no one-line reason: {done}");
+        Ok(why)
+    }
+
+    /// Begin to keep it; the job's number.
+    pub fn begin_keeping(&self, to: &Path, request: &Value) -> Result<u64> {
+        let mut request = request.clone();
+        request["to"] = json!(to);
+        let accepted = self.process.put("snapshot", &request)?;
+        accepted["job"].as_u64().context("a job's number")
+    }
+
+    /// The end of a job.
+    pub fn job_ends(&self, job: u64) -> Result<Value> {
+        let ended = self.process.once("the end of the job", |event| {
+            event.name == "job-finished" && event.properties["id"] == job
+        })?;
+        Ok(ended.properties)
+    }
+
+    fn keeping_ends(&self, to: &Path, request: &Value) -> Result<Value> {
+        self.job_ends(self.begin_keeping(to, request)?)
+    }
+
+    /// The guest that `restored` brought back is this one, and goes on at the very beat after its last: it was kept while
+    /// it stood still, and this process has ended.
+    #[must_use]
+    pub fn goes_on_as(mut self, restored: Self) -> Self {
+        self.console.goes_on(Arc::clone(restored.process.serial()));
+        Self {
+            process: restored.process,
+            console: self.console,
+        }
     }
 
     /// End it as an operator does.

@@ -51,6 +51,8 @@ pub(crate) struct LogArgs {
 pub(crate) enum Command {
     /// Run a guest in this process
     Run(RunArgs),
+    /// Run a guest as it was when a snapshot of it was taken
+    Restore(RestoreArgs),
     /// Hold the shadow of a guest, and run it once it is handed over
     Shadow(ShadowArgs),
     /// Start keeping a shadow of a running guest
@@ -59,7 +61,9 @@ pub(crate) enum Command {
     Unprotect(TargetArgs),
     /// Move the guest to its shadow
     Migrate(MigrateArgs),
-    /// Take back a switchover that has not reached its commit point
+    /// Keep the guest as it is at one instant in a folder, while it runs
+    Snapshot(SnapshotArgs),
+    /// Take back a switchover that has not reached its commit point, or a snapshot that is not done
     Cancel(TargetArgs),
     /// Say where everything stands
     Status(StatusArgs),
@@ -95,8 +99,8 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
     /// The kernel: an ELF file (vmlinux, or one with a PVH note) or a bzImage
-    #[arg(long, value_name = "PATH")]
-    pub(crate) kernel: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "restore")]
+    pub(crate) kernel: Option<PathBuf>,
     /// An initial RAM disk for it
     #[arg(long, alias = "initrd", value_name = "PATH")]
     pub(crate) initramfs: Option<PathBuf>,
@@ -121,6 +125,63 @@ pub(crate) struct RunArgs {
     /// When the guest asks for a reset, end with success instead of booting it again
     #[arg(long)]
     pub(crate) no_reboot: bool,
+    /// Instead of booting, go on from a snapshot, as `umbra restore` does
+    #[arg(
+        long,
+        value_name = Restore::SYNTAX,
+        value_parser = Restore::parse,
+        conflicts_with_all = ["kernel", "initramfs", "cmdline", "cpus", "memory", "paused"]
+    )]
+    pub(crate) restore: Option<Restore>,
+}
+
+/// `umbra restore`.
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArgs {
+    /// The folder of the snapshot; what it goes on from lies beside it
+    #[arg(long, value_name = "DIR")]
+    pub(crate) from: PathBuf,
+    /// Be the guest the snapshot was taken of, in the next term, instead of a new one. You vouch that it runs nowhere
+    /// else and never will: if it does, there are two
+    #[arg(long)]
+    pub(crate) same_id: bool,
+    /// Build no guest with more memory than this
+    #[arg(long, value_name = "SIZE", value_parser = |text: &str| units::size("memory-limit", text))]
+    pub(crate) memory_limit: Option<Bytes>,
+    #[command(flatten)]
+    pub(crate) devices: DeviceArgs,
+    #[command(flatten)]
+    pub(crate) process: ProcessArgs,
+    #[command(flatten)]
+    pub(crate) config: ConfigArgs,
+    /// Leave the guest as it was at the cut; `umbra resume` lets it run
+    #[arg(long)]
+    pub(crate) paused: bool,
+}
+
+/// `umbra snapshot`.
+#[derive(Debug, Args)]
+pub(crate) struct SnapshotArgs {
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+    /// The folder it is to be: a new one, an empty one, or a snapshot that it replaces once it is complete
+    #[arg(long, value_name = "DIR")]
+    pub(crate) to: PathBuf,
+    /// Keep only what was written since the last snapshot, which lies in the same folder of folders
+    #[arg(long)]
+    pub(crate) diff: bool,
+    /// Leave the guest paused at the cut, so that its disks can be copied; `umbra resume` lets it run
+    #[arg(long)]
+    pub(crate) pause: bool,
+    /// Go on recording writes, so that a differential snapshot may follow
+    #[arg(long, value_name = "on|off", default_value = "on", value_parser = |text: &str| units::toggle("record", text), action = ArgAction::Set)]
+    pub(crate) record: bool,
+    /// What is compared before the guest runs on: nothing more, or every page of memory with what was kept
+    #[arg(long, value_enum, default_value_t = Verify::Digest)]
+    pub(crate) verify: Verify,
+    /// Print the report as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// `umbra shadow`.
@@ -549,6 +610,28 @@ impl ShadowMemory {
     }
 }
 
+/// `--restore`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Restore {
+    pub(crate) from: PathBuf,
+    pub(crate) resume: bool,
+    pub(crate) same_id: bool,
+}
+
+impl Restore {
+    const SYNTAX: &'static str = "from=DIR[,resume=on|off][,same-id=on|off]";
+
+    fn parse(text: &str) -> Result<Self, BadValue> {
+        let fields = Fields::of(text, &["from", "resume", "same-id"])?;
+        let from = fields.read("from", |_, text| Ok(PathBuf::from(text)))?;
+        Ok(Self {
+            from: from.ok_or_else(|| BadValue::new("from", Self::SYNTAX, text))?,
+            resume: fields.read("resume", units::toggle)?.unwrap_or(true),
+            same_id: fields.read("same-id", units::toggle)?.unwrap_or(false),
+        })
+    }
+}
+
 /// `--serial`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Serial {
@@ -827,6 +910,30 @@ mod tests {
             (shadow.listen.len(), shadow.peers.len(), shadow.memory_limit),
             (2, 2, Some(Bytes::mib(2048)))
         );
+    }
+
+    #[test]
+    fn a_guest_goes_on_from_a_snapshot_or_boots_a_kernel_never_both() {
+        let restore = |line: &str| match parse(line) {
+            Ok(Command::Run(run)) => run.restore.unwrap(),
+            other => panic!("{other:?}"),
+        };
+        let from = |resume, same_id| Restore {
+            from: "/s/a".into(),
+            resume,
+            same_id,
+        };
+        assert_eq!(restore("umbra run --restore from=/s/a"), from(true, false));
+        assert_eq!(
+            restore("umbra run --restore /s/a,resume=off,same-id=on"),
+            from(false, true)
+        );
+        for line in ["--kernel k", "--cmdline x", "--cpus 2", "--memory 1G", "--paused"] {
+            let error = parse(&format!("umbra run --restore /s/a {line}")).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ArgumentConflict, "{line}");
+        }
+        let wrong = error("umbra run --restore from=/s/a,resume=maybe");
+        assert!(wrong.ends_with("resume: expected on or off, got 'maybe'"), "{wrong}");
     }
 
     #[test]

@@ -29,7 +29,7 @@ use crate::args::Cli;
 use crate::limits;
 
 /// The commands that describe a process, and so may be kept in a file.
-const COMMANDS: [&str; 2] = ["run", "shadow"];
+const COMMANDS: [&str; 3] = ["run", "restore", "shadow"];
 /// Options that mean nothing in a file.
 const NOT_IN_A_FILE: [&str; 4] = ["config", "print_config", "help", "version"];
 

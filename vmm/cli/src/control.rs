@@ -6,9 +6,10 @@ use serde_json::Value;
 
 use crate::api::client::{Client, EventStream};
 use crate::api::types::{
-    Accepted, Event, Job, JobState, MigrateRequest, ProtectRequest, ResumeRequest, Role, Status, SwitchoverReport, ms,
+    Accepted, Event, Job, JobState, MigrateRequest, ProtectRequest, ResumeRequest, Role, SnapshotKind, SnapshotRequest,
+    Status, SwitchoverReport, ms,
 };
-use crate::args::{MigrateArgs, ProtectArgs, ResumeArgs, StatusArgs, TargetArgs};
+use crate::args::{MigrateArgs, ProtectArgs, ResumeArgs, SnapshotArgs, StatusArgs, TargetArgs};
 use crate::exit::{Code, Failure};
 use crate::limits;
 use crate::process;
@@ -184,6 +185,49 @@ pub(crate) fn migrate(args: &MigrateArgs) -> Result<Code, Failure> {
     Ok(Code::Success)
 }
 
+/// `umbra snapshot`.
+pub(crate) fn snapshot(args: &SnapshotArgs) -> Result<Code, Failure> {
+    let request = SnapshotRequest {
+        to: std::path::absolute(&args.to).map_err(Failure::on("to"))?,
+        kind: if args.diff {
+            SnapshotKind::Differential
+        } else {
+            SnapshotKind::Full
+        },
+        pause: args.pause,
+        record: args.record,
+        verify: Some(args.verify),
+    };
+    let client = Client::new(&args.target.api_socket);
+    let job = process::small_runtime()?.block_on(async {
+        let mut events = client.events().await?;
+        let Accepted { job } = client.put_for("snapshot", &request).await?;
+        loop {
+            let event = events.next().await?;
+            let event =
+                event.ok_or_else(|| Failure::failed("the guest's process ended before the snapshot was done"))?;
+            if event.event == "job-finished" {
+                let on = Failure::on("the event job-finished");
+                let finished: Job = serde_json::from_value(event.properties).map_err(on)?;
+                if finished.id == job {
+                    return Ok::<Job, Failure>(finished);
+                }
+            }
+        }
+    })?;
+    let (JobState::Done, Some(report)) = (job.state, job.snapshot) else {
+        return Err(Failure::failed(
+            job.error.unwrap_or_else(|| "no reason given".to_owned()),
+        ));
+    };
+    if args.json {
+        say::line(serde_json::to_string(&report).expect("a report is plain data"));
+    } else {
+        say::line(status::snapshot(&report));
+    }
+    Ok(Code::Success)
+}
+
 /// Following one switchover.
 struct Watching {
     job: u64,
@@ -311,7 +355,7 @@ mod tests {
 
     #[test]
     fn only_the_end_of_this_very_job_is_the_end() {
-        let finished = |id| json!({ "id": id, "kind": "migrate", "state": "failed", "error": "cancelled by an operator", "report": null });
+        let finished = |id| json!({ "id": id, "kind": "migrate", "state": "failed", "error": "cancelled by an operator", "report": null, "snapshot": null });
         assert_eq!(watching().heard(&event("job-finished", finished(1))), None);
         let failure = Failure::failed("cancelled by an operator");
         assert_eq!(

@@ -45,6 +45,9 @@ pub(crate) const API_LAST_WORDS: Duration = Duration::from_secs(1);
 /// How long a stopped process waits for a session to say goodbye.
 pub(crate) const SESSION_LAST_WORDS: Duration = Duration::from_secs(2);
 
+/// How long a stopped process waits for a snapshot to be taken back: the one batch being written.
+pub(crate) const SNAPSHOT_LAST_WORDS: Duration = Duration::from_secs(2);
+
 /// How long a process that was told to end waits for the shadow's word about a guest it has handed over.
 pub(crate) const HAND_OVER_WORD: Duration = Duration::from_secs(5);
 

@@ -14,7 +14,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`args`], [`units`], [`config`] | the command line, values as operators write them, and a command line kept in a file |
-//! | [`run`], [`shadow`], [`process`] | the two kinds of process, and what they have in common |
+//! | [`run`], [`restore`], [`shadow`], [`process`] | the kinds of process, and what they have in common |
 //! | [`vm`] | one guest and everything that can be done about it: where the machine and the node meet |
 //! | [`api`], [`events`] | JSON over HTTP on a UNIX socket; what happens, as a stream |
 //! | [`control`], [`status`] | the commands that talk to a process, and how they show what they hear |
@@ -42,6 +42,7 @@ mod limits;
 mod logging;
 mod manual;
 mod process;
+mod restore;
 mod run;
 mod say;
 mod shadow;
@@ -91,10 +92,12 @@ fn main() -> ExitCode {
 fn dispatch(command: &Command) -> Result<Code, Failure> {
     match command {
         Command::Run(args) => run::run(args),
+        Command::Restore(args) => restore::restore(args),
         Command::Shadow(args) => shadow::shadow(args),
         Command::Protect(args) => control::protect(args),
         Command::Unprotect(args) => control::simple(args, "unprotect"),
         Command::Migrate(args) => control::migrate(args),
+        Command::Snapshot(args) => control::snapshot(args),
         Command::Cancel(args) => control::simple(args, "cancel"),
         Command::Status(args) => control::status(args),
         Command::Pause(args) => control::simple(args, "pause"),

@@ -146,6 +146,7 @@ impl Panel for FrontPanel {
 /// Do what an ending asks for; says how the process ends.
 pub(crate) async fn wind_down(vm: &Vm, ending: &Ending) -> (Code, String) {
     let text = ending.to_string();
+    vm.end_snapshot().await;
     let word = match ending {
         Ending::Moved(_) => LastWord::Moved,
         Ending::Stopped(_) => vm.end_session(&format!("its process was {text}")).await,

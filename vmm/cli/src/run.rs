@@ -9,10 +9,14 @@ use crate::args::RunArgs;
 use crate::confine::{self, Class, Plans};
 use crate::exit::{Code, Failure};
 use crate::process::{self, Process};
+use crate::restore;
 use crate::say;
 
 /// Run a guest until it, its operator or a switchover ends it here.
 pub(crate) fn run(args: &RunArgs) -> Result<Code, Failure> {
+    if let Some(wanted) = &args.restore {
+        return restore::go_on(wanted, None, &args.devices, &args.process);
+    }
     let config = config(args)?;
     // A guest that resets is loaded again from its files.
     let boot = std::iter::once(&args.kernel).chain(&args.initramfs);
@@ -42,7 +46,7 @@ fn config(args: &RunArgs) -> Result<MachineConfig, Failure> {
     } else {
         Sharing::Private
     };
-    let mut config = MachineConfig::new(&args.kernel, args.cpus.boot, args.memory.size)?
+    let mut config = MachineConfig::new(args.kernel.clone().unwrap_or_default(), args.cpus.boot, args.memory.size)?
         .with_sharing(sharing)
         .with_devices(args.devices.devices())?
         .with_backing(args.memory.backing)?

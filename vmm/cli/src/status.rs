@@ -4,7 +4,9 @@ use core::fmt::Write;
 
 use umbra_units::{Bytes, PAGE_SIZE};
 
-use crate::api::types::{GuestState, JobState, PathStatus, Role, Status, SwitchoverReport};
+use crate::api::types::{
+    GuestState, JobKind, JobState, PathStatus, Role, SnapshotKind, SnapshotReport, Status, SwitchoverReport,
+};
 use crate::units::percent;
 
 /// A status in a few lines, the most important first.
@@ -79,7 +81,11 @@ pub(crate) fn text(status: &Status) -> String {
             (JobState::Done, _) => "done".to_owned(),
             (JobState::Failed, error) => format!("failed: {}", error.as_deref().unwrap_or("no reason given")),
         };
-        row(&mut out, "switchover", &text);
+        let name = match job.kind {
+            JobKind::Migrate => "switchover",
+            JobKind::Snapshot => "snapshot",
+        };
+        row(&mut out, name, &text);
     }
     if let Some(error) = &status.last_error {
         row(&mut out, "last error", error);
@@ -197,6 +203,41 @@ pub(crate) fn report(report: &SwitchoverReport) -> String {
             "all of memory compared"
         } else {
             "digest compared"
+        }
+    );
+    out
+}
+
+/// What a snapshot is, and where its pause went.
+pub(crate) fn snapshot(report: &SnapshotReport) -> String {
+    let mut out = String::new();
+    let kind = match report.kind {
+        SnapshotKind::Full => "a full snapshot",
+        SnapshotKind::Differential => "a differential snapshot",
+    };
+    let _ = writeln!(
+        out,
+        "{kind}, {} on disk, in {}: paused {:.1} ms, {} altogether",
+        Bytes(report.bytes),
+        report.to.display(),
+        report.pause_ms,
+        seconds(report.total_ms)
+    );
+    for (name, part) in report.breakdown_ms.parts() {
+        let _ = writeln!(out, "  {name:<9} {part:>9.3} ms");
+    }
+    let counts = report.counts;
+    let _ = write!(
+        out,
+        "{} whole, {} zero, {} the same; the last {} pages in the pause; {}",
+        counts.raw,
+        counts.zero,
+        counts.same,
+        report.stop_pages,
+        if report.audited {
+            "all of memory compared"
+        } else {
+            "digest kept"
         }
     );
     out
@@ -370,6 +411,46 @@ moved to quic:192.0.2.1:7000 in term 2: paused 10.0 ms (9.0 predicted), 1.2 s al
   restore       0.000 ms   0.0 %
   resume        2.250 ms  22.5 %
 last 64 pages in 68.4 KiB: 4 whole, 3 as changes, 2 zero, 1 the same; all of memory compared"
+        );
+    }
+
+    #[test]
+    fn a_snapshot_shows_where_it_is_and_where_the_pause_went() {
+        let report = SnapshotReport {
+            id: "ab".repeat(16),
+            guest: "cd".repeat(16),
+            to: "/snapshots/tuesday".into(),
+            kind: SnapshotKind::Differential,
+            cut: 2,
+            total_ms: 250.0,
+            pause_ms: 1.25,
+            breakdown_ms: crate::api::types::CutBreakdown {
+                stop: 0.25,
+                encode: 1.0,
+                ..Default::default()
+            },
+            rounds: 2,
+            stop_pages: 40,
+            counts: PageCounts {
+                same: 1,
+                zero: 2,
+                delta: 0,
+                raw: 300,
+            },
+            bytes: 1_300_000,
+            audited: false,
+        };
+        let text = snapshot(&report);
+        assert!(
+            text.starts_with(
+                "a differential snapshot, 1.2 MiB on disk, in /snapshots/tuesday: paused 1.2 ms, 0.2 s altogether\n"
+            ),
+            "{text}"
+        );
+        assert!(text.contains("\n  encode        1.000 ms\n"), "{text}");
+        assert!(
+            text.ends_with("300 whole, 2 zero, 1 the same; the last 40 pages in the pause; digest kept"),
+            "{text}"
         );
     }
 }

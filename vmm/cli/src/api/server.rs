@@ -24,7 +24,8 @@ use utoipa_axum::routes;
 
 use crate::api::metrics;
 use crate::api::types::{
-    Accepted, ErrorAnswer, Event, Job, MigrateRequest, Ping, ProtectRequest, ResumeRequest, Status,
+    Accepted, ErrorAnswer, Event, Job, MigrateRequest, Ping, ProtectRequest, ResumeRequest, SnapshotRequest,
+    Status,
 };
 use crate::events;
 use crate::limits;
@@ -95,6 +96,7 @@ fn api() -> OpenApiRouter<Arc<Vm>> {
         .routes(routes!(protect))
         .routes(routes!(unprotect))
         .routes(routes!(migrate))
+        .routes(routes!(snapshot))
         .routes(routes!(cancel));
     OpenApiRouter::with_openapi(description).nest("/api/v1", methods)
 }
@@ -246,6 +248,12 @@ enum Started {
     /// Tried, and failed
     #[response(status = INTERNAL_SERVER_ERROR)]
     Failed(#[to_schema] ErrorAnswer),
+}
+
+/// Keep the guest in a folder. Answered at once; the job goes on.
+#[utoipa::path(put, path = "/snapshot", request_body = SnapshotRequest, responses(Started))]
+async fn snapshot(State(vm): State<Arc<Vm>>, body: Wish<SnapshotRequest>) -> Response {
+    started(vm.snapshot(body.0))
 }
 
 /// A request's body; an empty one is `{}`.

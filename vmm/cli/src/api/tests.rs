@@ -16,7 +16,7 @@ use umbra_units::{Bytes, PageCount, PageId, Pfn, SpaceId};
 use super::client::{Client, EventStream};
 use super::openapi;
 use super::server::Server;
-use super::types::{Accepted, Event, GuestState, Job, JobState, ProtectRequest, Role, Status};
+use super::types::{Accepted, Event, GuestState, Job, JobKind, JobState, ProtectRequest, Role, SnapshotKind, Status};
 use crate::events::Events;
 use crate::exit::{Code, Failure};
 use crate::limits;
@@ -328,6 +328,71 @@ async fn a_guest_moves_and_whoever_listens_hears_how_it_went() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_is_kept_beside_a_session_and_whoever_listens_hears_how_it_went() {
+    let toy = running_toy();
+    let source = Process::running(&toy);
+    let (shadow, builder, addr) = Process::shadow_of(&source, false);
+    source.protect(&shadow, &addr).await;
+    let dir = tempfile::tempdir().unwrap();
+    let keep = async |name: &str, more: Value| {
+        let mut events = source.client.events().await.unwrap();
+        let mut request = json!({ "to": dir.path().join(name), "verify": "full" });
+        request
+            .as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        let Accepted { job } = source.client.put_for("snapshot", &request).await?;
+        assert_eq!(next(&mut events, "job-started").await.properties["kind"], "snapshot");
+        let finished: Job = serde_json::from_value(next(&mut events, "job-finished").await.properties).unwrap();
+        assert_eq!((finished.id, finished.kind), (job, JobKind::Snapshot));
+        assert_eq!(source.status().await.job, Some(finished.clone()));
+        Ok::<Job, Failure>(finished)
+    };
+    let full = keep("a", json!({})).await.unwrap();
+    let report = full.snapshot.unwrap();
+    assert_eq!(
+        (full.state, full.report, report.cut, report.audited),
+        (JobState::Done, None, 1, true)
+    );
+    let sum: f64 = report.breakdown_ms.parts().iter().map(|(_, part)| part).sum();
+    assert!((sum - report.pause_ms).abs() < 1e-6, "{report:?}");
+    assert!(toy.runs());
+    let held = keep("b", json!({ "kind": "differential", "pause": true }))
+        .await
+        .unwrap();
+    assert_eq!(
+        (held.snapshot.unwrap().kind, source.status().await.guest_state),
+        (SnapshotKind::Differential, GuestState::Paused)
+    );
+    assert!(!toy.runs());
+    source.put("resume", json!({})).await.unwrap();
+    assert!(toy.runs());
+    let refused = keep("a", json!({ "kind": "differential" })).await.unwrap_err();
+    assert!(
+        refused
+            .text
+            .ends_with("a differential snapshot cannot replace one that it goes on from"),
+        "{refused}"
+    );
+    let wrong = source.client.put("snapshot", &json!({ "to": "a" })).await.unwrap_err();
+    assert_eq!(
+        (wrong.code, wrong.text.as_str()),
+        (Code::BadArguments, "to: expected an absolute path, got 'a'")
+    );
+
+    // Every page is compared at the move: what the snapshots harvested, the session has heard of.
+    let mut events = source.client.events().await.unwrap();
+    let _: Accepted = source
+        .client
+        .put_for("migrate", &json!({ "verify": "full" }))
+        .await
+        .unwrap();
+    let moved: Job = serde_json::from_value(next(&mut events, "job-finished").await.properties).unwrap();
+    assert_eq!((moved.kind, moved.state), (JobKind::Migrate, JobState::Done));
+    assert!(builder.built().unwrap().is_sound());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn while_a_switchover_is_under_way_nobody_else_stops_or_starts_the_guest() {
     let toy = running_toy();
     let source = Process::running(&toy);
@@ -344,6 +409,8 @@ async fn while_a_switchover_is_under_way_nobody_else_stops_or_starts_the_guest()
     for command in ["pause", "resume", "stop", "unprotect", "migrate"] {
         assert_eq!(source.refused(command).await, under_way, "{command}");
     }
+    let keep = source.client.put("snapshot", &json!({ "to": "/nowhere/x" })).await;
+    assert_eq!(keep.unwrap_err().text, under_way);
     let protect = ProtectRequest {
         to: vec![addr],
         peers: vec![shadow.fingerprint()],

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use umbra_core::batch;
 use umbra_core::report;
+use umbra_node::snapshot;
 use utoipa::ToSchema;
 
 pub(crate) use crate::args::{Compression, Verify};
@@ -202,6 +203,8 @@ pub(crate) struct Job {
     pub(crate) error: Option<String>,
     /// What it did, if it was a switchover that succeeded.
     pub(crate) report: Option<SwitchoverReport>,
+    /// What it did, if it was a snapshot that succeeded.
+    pub(crate) snapshot: Option<SnapshotReport>,
 }
 
 /// What was asked for.
@@ -210,6 +213,8 @@ pub(crate) struct Job {
 pub(crate) enum JobKind {
     /// Move the guest.
     Migrate,
+    /// Keep it in a folder.
+    Snapshot,
 }
 
 /// How a job stands.
@@ -374,7 +379,145 @@ pub(crate) struct MigrateRequest {
     pub(crate) verify: Option<Verify>,
 }
 
-/// The answer to `PUT /api/v1/migrate`.
+/// `PUT /api/v1/snapshot`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct SnapshotRequest {
+    /// The folder it is to be; an absolute path.
+    #[schema(value_type = String)]
+    pub(crate) to: PathBuf,
+    /// How much it holds.
+    #[serde(default)]
+    pub(crate) kind: SnapshotKind,
+    /// Leave the guest paused at the cut.
+    #[serde(default)]
+    pub(crate) pause: bool,
+    /// Go on recording writes, so that a differential snapshot may follow.
+    #[serde(default = "yes")]
+    pub(crate) record: bool,
+    /// What is compared.
+    #[serde(default)]
+    pub(crate) verify: Option<Verify>,
+}
+
+const fn yes() -> bool {
+    true
+}
+
+/// How much a snapshot holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum SnapshotKind {
+    /// All of memory.
+    #[default]
+    Full,
+    /// What was written since the snapshot before.
+    Differential,
+}
+
+/// What a finished snapshot is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct SnapshotReport {
+    /// Its identity.
+    pub(crate) id: String,
+    /// The guest.
+    pub(crate) guest: String,
+    /// Where it is.
+    #[schema(value_type = String)]
+    pub(crate) to: PathBuf,
+    /// How much it holds.
+    pub(crate) kind: SnapshotKind,
+    /// How many snapshots its chain has, this one included.
+    pub(crate) cut: u64,
+    /// From the request until it stood on disk.
+    pub(crate) total_ms: f64,
+    /// From asking the vCPUs to stop until they ran again; of a guest that was or stays paused, the time its cut took.
+    pub(crate) pause_ms: f64,
+    /// Where the pause went. The parts add up to it.
+    pub(crate) breakdown_ms: CutBreakdown,
+    /// Rounds of copying before the pause.
+    pub(crate) rounds: u32,
+    /// Pages left for the pause.
+    pub(crate) stop_pages: u64,
+    /// How pages were kept.
+    pub(crate) counts: PageCounts,
+    /// Bytes on disk.
+    pub(crate) bytes: u64,
+    /// Whether all of memory was compared with what was kept.
+    pub(crate) audited: bool,
+}
+
+/// Where the pause of a snapshot went, in the order it happened.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, ToSchema)]
+pub(crate) struct CutBreakdown {
+    /// Asking the vCPUs to stop until the last had.
+    pub(crate) stop: f64,
+    /// The last dirty pages.
+    pub(crate) harvest: f64,
+    /// vCPU and device state.
+    pub(crate) save: f64,
+    /// Copying and encoding the last pages.
+    pub(crate) encode: f64,
+    /// Comparing all of memory, if that was asked for.
+    pub(crate) audit: f64,
+    /// Letting the guest run.
+    pub(crate) resume: f64,
+}
+
+impl CutBreakdown {
+    /// The parts in order, with their names.
+    pub(crate) const fn parts(&self) -> [(&'static str, f64); 6] {
+        [
+            ("stop", self.stop),
+            ("harvest", self.harvest),
+            ("save", self.save),
+            ("encode", self.encode),
+            ("audit", self.audit),
+            ("resume", self.resume),
+        ]
+    }
+}
+
+impl SnapshotReport {
+    /// The node's account, of `guest`.
+    pub(crate) fn of(report: &snapshot::SnapshotReport, guest: String) -> Self {
+        let snapshot::CutBreakdown {
+            stop,
+            harvest,
+            save,
+            encode,
+            audit,
+            resume,
+        } = report.breakdown;
+        Self {
+            id: report.id.to_string(),
+            guest,
+            to: report.folder.clone(),
+            kind: match report.kind {
+                snapshot::Kind::Full => SnapshotKind::Full,
+                snapshot::Kind::Differential => SnapshotKind::Differential,
+            },
+            cut: report.cut.0,
+            total_ms: ms(report.total),
+            pause_ms: ms(report.breakdown.pause()),
+            breakdown_ms: CutBreakdown {
+                stop: ms(stop),
+                harvest: ms(harvest),
+                save: ms(save),
+                encode: ms(encode),
+                audit: ms(audit),
+                resume: ms(resume),
+            },
+            rounds: report.rounds,
+            stop_pages: report.stop_pages.0,
+            counts: report.counts.into(),
+            bytes: report.bytes.0,
+            audited: report.audited,
+        }
+    }
+}
+
+/// The answer to `PUT /api/v1/migrate` and `snapshot`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Accepted {
     /// The job's number: see [`Status::job`] and the event `job-finished`.
@@ -432,6 +575,11 @@ mod tests {
         assert_eq!(
             (request.verify, request.downtime_limit_ms),
             (Some(Verify::Full), Some(50.0))
+        );
+        let request: SnapshotRequest = from_value(json!({"to": "/s/a"})).unwrap();
+        assert_eq!(
+            (request.kind, request.pause, request.record),
+            (SnapshotKind::Full, false, true)
         );
         let error = from_value::<MigrateRequest>(json!({"downtime": 50}))
             .unwrap_err()

@@ -15,11 +15,15 @@
 //! shadow's word stays out, `resume --peer-is-dead`. A guest that an operator has paused is not moved: it would run
 //! where it arrives.
 //!
-//! `account` puts the status together, `request` reads what clients ask for. Nothing here waits for the guest's end or for
+//! A snapshot stops the guest and lets it run on by itself too, so while one is under way `pause`, `resume` and `migrate` are
+//! refused, and what remains is `cancel`. Following a shadow goes on beside it.
+//!
+//! `account` puts the status together, `request` reads what clients ask for, `snapshot` keeps the guest in folders. Nothing here waits for the guest's end or for
 //! signals; [`crate::process`] does.
 
 mod account;
 mod request;
+mod snapshot;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -33,12 +37,13 @@ use umbra_core::guest::{Guest, GuestError};
 use umbra_core::phase::SourcePhase;
 use umbra_core::source::Outcome;
 use umbra_machine::ExitReason;
+use umbra_node::snapshot::{SharedLog, Snapshotter, Watch};
 use umbra_node::{CommandError, GuestIdentity, Protection, ProtectionStatus, ShadowHandle, ShadowNode, TakenOver};
 use umbra_quic::{ConnectConfig, Fingerprint, Identity, PathSpec};
 use umbra_units::{Bytes, GuestId, SessionId, Term};
 
 use self::request::Wanted;
-use crate::api::types::{Job, JobKind, JobState, MigrateRequest, ProtectRequest, SwitchoverReport, ms};
+use crate::api::types::{Job, JobKind, JobState, MigrateRequest, ProtectRequest, SnapshotReport, SwitchoverReport, ms};
 use crate::events::{Events, Teller, word};
 use crate::exit::Failure;
 use crate::limits;
@@ -136,6 +141,8 @@ struct State {
     job: Option<Job>,
     last_switchover: Option<SwitchoverReport>,
     last_error: Option<String>,
+    /// Of the snapshot under way, if there is one.
+    snapshot: Option<Arc<Watch>>,
     /// Ends when the source this guest came from has heard that it runs here.
     farewell: Option<JoinHandle<()>>,
 }
@@ -151,10 +158,19 @@ enum Place {
 
 struct Here {
     resident: Resident,
+    /// Through which everybody harvests: sessions and snapshots.
+    log: SharedLog,
+    snapshots: Arc<Mutex<Snapshotter>>,
     identity: GuestIdentity,
     /// By an operator.
     paused: bool,
     session: Option<Session>,
+}
+
+/// What a job that succeeded did.
+enum Done {
+    Moved(Box<SwitchoverReport>),
+    Kept(Box<SnapshotReport>),
 }
 
 #[derive(Clone)]
@@ -190,7 +206,36 @@ impl State {
     }
 
     fn switching(&self) -> bool {
-        self.job.as_ref().is_some_and(|job| job.state == JobState::Running)
+        self.has_job(JobKind::Migrate)
+    }
+
+    fn has_job(&self, kind: JobKind) -> bool {
+        let is_it = |job: &Job| job.state == JobState::Running && job.kind == kind;
+        self.job.as_ref().is_some_and(is_it)
+    }
+
+    /// Refuse what a snapshot under way does not allow: it pauses the guest and lets it run on, all on its own.
+    fn not_keeping(&self) -> Result<(), Denied> {
+        if self.has_job(JobKind::Snapshot) {
+            return Err(Denied::Refused(
+                "a snapshot is under way; wait for it or `cancel` it".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Note down a long job that begins; its number.
+    fn begin_job(&mut self, kind: JobKind) -> u64 {
+        self.jobs += 1;
+        self.job = Some(Job {
+            id: self.jobs,
+            kind,
+            state: JobState::Running,
+            error: None,
+            report: None,
+            snapshot: None,
+        });
+        self.jobs
     }
 
     /// Refuse what a switchover under way does not allow.
@@ -258,10 +303,30 @@ impl Vm {
         Ok(())
     }
 
+    /// A guest stands here as it was when it was kept; `same_as` says whose identity and term it goes on in, if it does.
+    pub(crate) fn restored(
+        &self,
+        resident: Resident,
+        same_as: Option<GuestIdentity>,
+        paused: bool,
+    ) -> Result<(), Failure> {
+        match same_as {
+            None => self.launched(resident, paused),
+            Some(GuestIdentity { guest, term }) => {
+                let term = term.next();
+                self.settle(resident, GuestIdentity { guest, term }, paused);
+                Ok(())
+            }
+        }
+    }
+
     fn settle(&self, resident: Resident, identity: GuestIdentity, paused: bool) {
         let (guest, term) = (identity.guest.to_string(), identity.term.0);
+        let log = SharedLog::new(Arc::clone(&resident.guest));
         self.state().place = Place::Here(Here {
             resident,
+            snapshots: Arc::new(Mutex::new(Snapshotter::new(&log))),
+            log,
             identity,
             paused,
             session: None,
@@ -352,6 +417,7 @@ impl Vm {
             let state = self.state();
             let here = state.here()?;
             state.not_switching()?;
+            state.not_keeping()?;
             if here.paused {
                 return Ok(());
             }
@@ -380,6 +446,7 @@ impl Vm {
             }
             let here = state.here()?;
             state.not_switching()?;
+            state.not_keeping()?;
             if !here.paused {
                 return Ok(());
             }
@@ -459,7 +526,8 @@ impl Vm {
                     "a shadow is being kept already; `unprotect` ends that".to_owned(),
                 ));
             }
-            (Arc::clone(&here.resident.guest), here.identity)
+            let guest: Arc<dyn Guest> = Arc::new(here.log.listener());
+            (guest, here.identity)
         };
         let session = SessionId(draw().map_err(|failure| Denied::Failed(failure.text))?);
         let connect = ConnectConfig::new(wanted.paths.clone(), wanted.identity, wanted.peers);
@@ -578,7 +646,7 @@ impl Vm {
             state.last_switchover = Some(report.clone());
             report
         };
-        self.finish_job(Ok(report.clone()));
+        self.finish_job(JobKind::Migrate, Ok(Done::Moved(Box::new(report.clone()))));
         report
     }
 
@@ -603,7 +671,7 @@ impl Vm {
         };
         if is_latest {
             // Usually told already, by whoever asked for the switchover.
-            self.finish_job(Err(text.to_owned()));
+            self.finish_job(JobKind::Migrate, Err(text.to_owned()));
         }
         self.events.tell(
             Teller::Session,
@@ -661,21 +729,13 @@ impl Vm {
                 ));
             };
             state.not_switching()?;
+            state.not_keeping()?;
             if here.paused {
                 return Err(Denied::Refused(
                     "the guest is paused, and would run where it arrives; `resume` it first".to_owned(),
                 ));
             }
-            state.jobs += 1;
-            let id = state.jobs;
-            state.job = Some(Job {
-                id,
-                kind: JobKind::Migrate,
-                state: JobState::Running,
-                error: None,
-                report: None,
-            });
-            (id, session.protection)
+            (state.begin_job(JobKind::Migrate), session.protection)
         };
         self.events.tell(
             Teller::Job,
@@ -687,20 +747,25 @@ impl Vm {
             match protection.switchover(options).await {
                 // Final: the process ends when the link has been closed in good order, but nobody need wait for that.
                 Ok(report) => drop(vm.note_move(&report)),
-                Err(error) => vm.finish_job(Err(error.to_string())),
+                Err(error) => vm.finish_job(JobKind::Migrate, Err(error.to_string())),
             }
         });
         Ok(id)
     }
 
-    fn finish_job(&self, result: Result<SwitchoverReport, String>) {
+    fn finish_job(&self, kind: JobKind, result: Result<Done, String>) {
         let job = {
             let mut state = self.state();
-            let Some(job) = state.job.as_mut().filter(|job| job.state == JobState::Running) else {
+            let Some(job) = state
+                .job
+                .as_mut()
+                .filter(|job| job.state == JobState::Running && job.kind == kind)
+            else {
                 return;
             };
             match result {
-                Ok(report) => (job.state, job.report) = (JobState::Done, Some(report)),
+                Ok(Done::Moved(report)) => (job.state, job.report) = (JobState::Done, Some(*report)),
+                Ok(Done::Kept(report)) => (job.state, job.snapshot) = (JobState::Done, Some(*report)),
                 Err(error) => (job.state, job.error) = (JobState::Failed, Some(error)),
             }
             job.clone()
@@ -708,8 +773,11 @@ impl Vm {
         self.events.tell(Teller::Job, "job-finished", json!(job));
     }
 
-    /// Take a switchover back.
+    /// Take a switchover or a snapshot back.
     pub(crate) async fn cancel(&self) -> Result<(), Denied> {
+        if self.cancel_snapshot() {
+            return Ok(());
+        }
         let session = self.state().here()?.session.clone();
         let session = session.ok_or_else(|| Denied::Refused("no switchover is under way".to_owned()))?;
         Ok(session.protection.cancel_switchover().await?)
