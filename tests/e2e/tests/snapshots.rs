@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
-use umbra_e2e::{Guest, Move, Vm, World, named, story};
+use umbra_e2e::{Guest, Move, Vm, World, story};
 
 fn full() -> Value {
     json!({ "verify": "full" })
@@ -252,8 +252,10 @@ fn a_process_killed_while_it_keeps_its_guest_leaves_what_was_kept_before() {
         let mut vm = host.launch(&large())?;
         vm.is_ready()?;
         vm.keep(&folder.join("a"), &json!({}))?;
-        vm.begin_keeping(&folder.join("a"), &json!({}))?;
-        vm.process.until("the snapshot is under way", named("job-progress"))?;
+        let job = vm.begin_keeping(&folder.join("a"), &json!({}))?;
+        vm.process.until("the snapshot is under way", |event| {
+            event.name == "job-progress" && event.properties["job"] == job
+        })?;
         vm.process.kill()?;
         ensure!(names(&folder)?.len() == 2, "a draft is left: {:?}", names(&folder)?);
         let mut vm = host.restore(&folder.join("a"), &[])?;
