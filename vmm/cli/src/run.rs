@@ -19,7 +19,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<Code, Failure> {
     }
     let config = config(args)?;
     // A guest that resets is loaded again from its files.
-    let boot = std::iter::once(&args.kernel).chain(&args.initramfs);
+    let boot = args.kernel.iter().chain(&args.initramfs);
     confine::prepare(&args.process, Plans::of(boot, &args.devices.devices()))?;
     let process = Process::new(&args.process)?;
     let machine = Machine::launch(&config, Process::sinks(&process.console, &process.vm))?;
