@@ -10,6 +10,7 @@ use umbra_units::Bytes;
 
 use crate::api::types::ms;
 use crate::args::{ProcessArgs, Restore, RestoreArgs};
+use crate::confine::{self, Class, Plans};
 use crate::devices::DeviceArgs;
 use crate::events::Teller;
 use crate::exit::{Code, Failure};
@@ -35,6 +36,7 @@ pub(crate) fn go_on(
 ) -> Result<Code, Failure> {
     // A host without KVM says so before it says anything about the snapshot.
     umbra_machine::probe()?;
+    confine::prepare(args, Plans::of([], &devices.devices()))?;
     let process = Process::new(args)?;
     let twin: Arc<Mutex<Weak<Machine>>> = Arc::default();
     let built = Arc::clone(&twin);
@@ -70,6 +72,7 @@ pub(crate) fn go_on(
         guest: manifest.guest,
         term: manifest.term,
     });
+    confine::enter(Class::Host)?;
     process.vm.restored(resident, same_as, !wanted.resume)?;
     if wanted.resume {
         guest.resume().map_err(Failure::failed)?;
