@@ -82,7 +82,7 @@ impl Host {
             .map(str::to_owned)
             .into();
         args.extend(["--kernel".to_owned(), kernel.display().to_string()]);
-        args.extend(["--initrd".to_owned(), initrd.display().to_string()]);
+        args.extend(["--initramfs".to_owned(), initrd.display().to_string()]);
         args.extend(["--cmdline", &cmdline, "--cpus", &cpus, "--memory", &memory].map(str::to_owned));
         args.extend(more.iter().map(ToString::to_string));
         let process = Process::start(&self.world, &format!("Linux on {}", self.name), &args, 0)?;
