@@ -590,7 +590,9 @@ fn backing(fields: &Fields<'_>) -> Result<Backing, BadValue> {
         _ => Err(BadValue::new(key, "2M or 1G", text)),
     };
     let size = fields.read("hugepage_size", huge_size)?;
-    let huge = fields.read("hugepages", units::toggle)?.unwrap_or_else(|| size.is_some());
+    let huge = fields
+        .read("hugepages", units::toggle)?
+        .unwrap_or_else(|| size.is_some());
     Ok(Backing {
         huge_pages: huge.then(|| size.unwrap_or_default()),
         prefault: fields.read("prefault", units::toggle)?.unwrap_or(false),
@@ -826,8 +828,8 @@ mod tests {
             ),
             (
                 "run --kernel k --memory size=1X",
-                "error: invalid value 'size=1X' for '--memory <size=SIZE[,shared=on|off]>': size: expected a size as \
-                 4096, 512K, 256M or 2G, got '1X'",
+                "error: invalid value 'size=1X' for '--memory <size=SIZE[,shared=on|off][,hugepages=on|off][,\
+                 hugepage_size=2M|1G][,prefault=on|off]>': size: expected a size as 4096, 512K, 256M or 2G, got '1X'",
             ),
             (
                 "run --kernel k --serial tty",

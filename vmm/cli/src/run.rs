@@ -46,11 +46,15 @@ fn config(args: &RunArgs) -> Result<MachineConfig, Failure> {
     } else {
         Sharing::Private
     };
-    let mut config = MachineConfig::new(args.kernel.clone().unwrap_or_default(), args.cpus.boot, args.memory.size)?
-        .with_sharing(sharing)
-        .with_devices(args.devices.devices())?
-        .with_backing(args.memory.backing)?
-        .with_cmdline(args.cmdline.clone())?;
+    let mut config = MachineConfig::new(
+        args.kernel.clone().unwrap_or_default(),
+        args.cpus.boot,
+        args.memory.size,
+    )?
+    .with_sharing(sharing)
+    .with_devices(args.devices.devices())?
+    .with_backing(args.memory.backing)?
+    .with_cmdline(args.cmdline.clone())?;
     if let Some(template) = &args.cpus.template {
         config = config.with_template(Template::find(template)?);
     }

@@ -24,8 +24,7 @@ use utoipa_axum::routes;
 
 use crate::api::metrics;
 use crate::api::types::{
-    Accepted, ErrorAnswer, Event, Job, MigrateRequest, Ping, ProtectRequest, ResumeRequest, SnapshotRequest,
-    Status,
+    Accepted, ErrorAnswer, Event, Job, MigrateRequest, Ping, ProtectRequest, ResumeRequest, SnapshotRequest, Status,
 };
 use crate::events;
 use crate::limits;

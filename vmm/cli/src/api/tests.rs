@@ -516,9 +516,15 @@ async fn the_buttons_of_a_guest_are_pressed_and_what_comes_of_it_is_told() {
     let toy = running_toy();
     let source = Process::running(&toy);
     let deaf = source.refused("power-button").await;
-    assert!(deaf.starts_with("the guest does not listen to its power button"), "{deaf}");
+    assert!(
+        deaf.starts_with("the guest does not listen to its power button"),
+        "{deaf}"
+    );
     source.put("power-button", json!({})).await.unwrap();
-    assert_eq!(source.put("reboot", json!({})).await.unwrap_err().to_string(), "no kernel");
+    assert_eq!(
+        source.put("reboot", json!({})).await.unwrap_err().to_string(),
+        "no kernel"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -654,7 +660,10 @@ async fn what_is_wrong_with_a_request_is_said_by_name() {
         .await
         .unwrap_err();
     assert!(missing.text.starts_with("to: `nowhere`: quic:IP:PORT"), "{missing}");
-    assert_eq!(source.client.get::<Value>("openapi.json").await.unwrap(), openapi::description());
+    assert_eq!(
+        source.client.get::<Value>("openapi.json").await.unwrap(),
+        openapi::description()
+    );
     let gone = source.client.get::<Value>("nothing").await.unwrap_err();
     assert_eq!(gone.text, "there is no /api/v1/nothing");
     let method = source.client.get::<Value>("pause").await.unwrap_err();
