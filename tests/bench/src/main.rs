@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `traffic` | disks, beside QEMU's |
 //! | `peers` | QEMU, with the same guest |
+//! | `devices` | exits to devices, and saving and restoring them |
 //! | `figure` | a figure: samples, median, 99th percentile, aim |
 //! | `moves` | pauses and evacuation |
 //! | `seeding` | the first full copy |
@@ -16,6 +17,7 @@
 //! | `usage` | what the kernel says of a process |
 #![forbid(unsafe_code)]
 
+mod devices;
 mod figure;
 mod moves;
 mod peers;
@@ -74,6 +76,23 @@ const FAMILIES: &[Family] = &[
         names: &["blk_vs_qemu", "blk_latency", "blk_latency_qemu"],
         measure: traffic::disks,
         samples: (20, 1),
+    },
+    Family {
+        names: &["exit_pio", "exit_mmio", "exit_ioeventfd"],
+        measure: devices::exits,
+        samples: (20, 2),
+    },
+    Family {
+        names: &[
+            "state_save_1",
+            "state_restore_1",
+            "state_save_2",
+            "state_restore_2",
+            "state_save_8",
+            "state_restore_8",
+        ],
+        measure: devices::state,
+        samples: (50, 3),
     },
     Family {
         names: &["demo_wall"],
