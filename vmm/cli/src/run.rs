@@ -22,7 +22,10 @@ pub(crate) fn run(args: &RunArgs) -> Result<Code, Failure> {
     let boot = args.kernel.iter().chain(&args.initramfs);
     confine::prepare(&args.process, Plans::of(boot, &args.devices.devices()))?;
     let process = Process::new(&args.process)?;
-    let machine = Machine::launch(&config, Process::sinks(&process.console, &process.vm))?;
+    let machine = Machine::launch(
+        &config,
+        args.devices.console()?(Process::sinks(&process.console, &process.vm)),
+    )?;
     let resident = Process::move_in(&process.console, &process.vm, Arc::clone(&machine));
     confine::enter(Class::Host)?;
     process.vm.launched(resident, args.paused)?;

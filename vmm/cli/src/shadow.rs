@@ -61,7 +61,8 @@ pub(crate) fn shadow(args: &ShadowArgs) -> Result<Code, Failure> {
 
 fn builder(args: &ShadowArgs, process: &Process, twin: &Twin) -> Result<MachineBuilder, Failure> {
     let (vm, console, twin) = (Arc::clone(&process.vm), Arc::clone(&process.console), Arc::clone(twin));
-    let mut builder = Machine::builder(move || Process::sinks(&console, &vm)).on_build(move |machine| {
+    let with_console = args.devices.console()?;
+    let mut builder = Machine::builder(move || with_console(Process::sinks(&console, &vm))).on_build(move |machine| {
         *twin.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(machine);
     });
     if let Some(memory) = args.memory {

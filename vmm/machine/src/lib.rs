@@ -29,6 +29,7 @@
 //! | `state` | records: what travels beside memory, and in which order |
 //! | [`cpu`] | what processor the guest sees, and whether another host can be it |
 //! | `board`, `output` | the devices in their places; console output held and released |
+//! | `backend`, `worker` | what of the host is behind a virtio device, and the threads that work for it |
 //! | `boot`, `acpi`, `mptable` | kernels of three kinds, and the tables they read |
 //! | [`probe`](mod@probe) | what this host's KVM can do, found by trying |
 //! | `threads` | how its threads start, and who is told |

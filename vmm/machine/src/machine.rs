@@ -32,7 +32,7 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
 use umbra_core::guest::{Guest, GuestBuilder, GuestError, Harvest, PageBytes, Space, StateRecord};
 use umbra_devices::{FaultPlan, Out};
-use umbra_units::{Bytes, Gpa, PAGE_SIZE, PageId, Pfn, SpaceId};
+use umbra_units::{Bytes, Gpa, PAGE_SIZE, PageCount, PageId, Pfn, SpaceId};
 
 use crate::acpi::Tables;
 use crate::board::Board;
@@ -61,6 +61,7 @@ use crate::vcpu::{RunPage, Thread, Vcpu, lock};
 /// What a machine is connected to.
 pub struct Sinks {
     serial: Arc<dyn Out>,
+    console: Arc<dyn Out>,
     on_exit: Box<OnExit>,
     on_restart: Box<OnRestart>,
 }
@@ -81,7 +82,9 @@ pub struct Machine {
     gate: Arc<Gate>,
     fate: Arc<Fate>,
     board: Arc<Board>,
+    /// What the guest says on its serial port, and on its paravirtual console.
     output: Arc<Output>,
+    console: Arc<Output>,
     tracker: Tracker,
     host: Host,
     description: Description,
@@ -213,6 +216,21 @@ impl Machine {
         result
     }
 
+    /// Type on the guest's paravirtual console; says how many bytes there was room for, none if it has no such console.
+    pub fn virtio_console_input(&self, bytes: &[u8]) -> usize {
+        self.board.virtio_console_input(bytes)
+    }
+
+    /// Ask the guest to leave this much of its memory to the balloon. It takes its time.
+    pub fn resize_balloon(&self, size: Bytes) -> Result<(), Error> {
+        let pages = u32::try_from(PageCount::holding(size.0).0).unwrap_or(u32::MAX);
+        if self.board.resize_balloon(pages) {
+            Ok(())
+        } else {
+            Err(Error::WrongState("the guest has no balloon"))
+        }
+    }
+
     /// Write to guest memory as a device does, recorded for the next harvest.
     pub fn write_memory(&self, at: Gpa, bytes: &[u8]) -> Result<(), Error> {
         self.memory.write(at, bytes)
@@ -235,9 +253,10 @@ impl Machine {
         let gate = Gate::new(cpus.into())?;
         let fate = Arc::new(Fate::new(gate.clone(), sinks.on_exit));
         let output = Arc::new(Output::new(sinks.serial));
+        let console = Arc::new(Output::new(sinks.console));
         let fits = match plan.devices {
-            Wanted::Launched(devices) => fit::launched(devices, &memory)?,
-            Wanted::Described(specs, devices) => fit::described(specs, devices, &memory)?,
+            Wanted::Launched(devices) => fit::launched(devices, &memory, &console)?,
+            Wanted::Described(specs, devices) => fit::described(specs, devices, &memory, &console)?,
         };
         let board = Arc::new(Board::new(&vm, &memory, fits, &output, fate.clone(), plan.fault)?);
 
@@ -273,6 +292,7 @@ impl Machine {
             fate,
             board,
             output,
+            console,
             host,
             description,
             in_parallel: worth_parallel(cpus.into()),
@@ -797,10 +817,14 @@ impl Guest for Machine {
 
     fn hold_output(&self) {
         self.output.hold();
+        self.console.hold();
+        self.board.hold_output();
     }
 
     fn release_output(&self) {
         self.output.release();
+        self.console.release();
+        self.board.release_output();
     }
 }
 
@@ -895,6 +919,7 @@ impl Sinks {
     pub fn new(serial: impl Out + 'static) -> Self {
         Self {
             serial: Arc::new(serial),
+            console: Arc::new(Discard),
             on_exit: Box::new(|_| {}),
             on_restart: Box::new(|| {}),
         }
@@ -908,6 +933,13 @@ impl Sinks {
     /// Nobody listens to the console.
     pub fn discard() -> Self {
         Self::new(Discard)
+    }
+
+    /// What the guest says on its paravirtual console goes to `console`.
+    #[must_use]
+    pub fn with_console(mut self, console: impl Out + 'static) -> Self {
+        self.console = Arc::new(console);
+        self
     }
 
     /// Tell when the guest is over, from a vCPU's thread. The callee may drop the machine but must not call into it.

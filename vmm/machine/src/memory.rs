@@ -34,6 +34,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use umbra_core::guest::{PageBytes, Space};
+use umbra_devices::virtio::balloon::MemoryAdvice;
 use umbra_units::{Gpa, PAGE_SIZE, PageCount, PageSet, Pfn};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
@@ -273,6 +274,15 @@ impl Memory {
             .find(|block| page >= block.first && page.0 - block.first.0 < block.pages.0)
             .map(|block| (block, index(page.0 - block.first.0)))
             .ok_or_else(|| Error::Incompatible(format!("page {page}: this guest has no such page")))
+    }
+}
+
+impl MemoryAdvice for Memory {
+    fn discard(&self, first: Pfn, pages: PageCount) {
+        // Advice that is not taken costs memory of the host, and nothing else.
+        if let Err(error) = Self::discard(self, first, pages) {
+            tracing::debug!(%error, "the host does not take memory back");
+        }
     }
 }
 

@@ -206,7 +206,7 @@ fn within_reach(process: &ProcessArgs, plans: Vec<(PathBuf, FileAccess)>) -> Vec
 /// Where a file lies.
 fn directory(path: &Path) -> PathBuf {
     let parent = path.parent().filter(|parent| *parent != Path::new(""));
-    parent.unwrap_or(Path::new(".")).to_owned()
+    parent.unwrap_or_else(|| Path::new(".")).to_owned()
 }
 
 /// The process's resource limits.

@@ -20,9 +20,7 @@ pub(crate) mod disk;
 pub(crate) mod entropy;
 pub(crate) mod image;
 pub(crate) mod pool;
-#[allow(dead_code, reason = "the board places socket devices after this")]
 pub(crate) mod streams;
-#[allow(dead_code, reason = "the board places network cards after this")]
 pub(crate) mod tap;
 pub(crate) mod transfer;
 

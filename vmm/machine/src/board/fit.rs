@@ -8,15 +8,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use umbra_devices::virtio::limiter::{Limits, Rate};
-use umbra_devices::virtio::{block, rng};
+use umbra_devices::virtio::{balloon, block, console, net, rng, vsock};
+use umbra_units::PageCount;
 
 use super::spec::Spec;
 use crate::backend::disk::{self, FileDisk};
 use crate::backend::entropy::HostEntropy;
 use crate::backend::image::Image;
-use crate::config::devices::{Devices, DiskConfig, RateLimit, RngConfig};
+use crate::backend::streams::UnixStreams;
+use crate::backend::tap::{HostTap, TapSource};
+use crate::config::devices::{Devices, DiskConfig, Mac, NetConfig, RateLimit, RngConfig, VsockConfig};
 use crate::error::Error;
 use crate::memory::Memory;
+use crate::output::Output;
 
 /// One device, whole.
 pub(crate) struct Fit {
@@ -32,11 +36,20 @@ pub(crate) enum Backend {
         disk: Arc<FileDisk>,
         wiring: block::Wiring,
     },
+    Net {
+        tap: Arc<HostTap>,
+        wiring: net::Wiring,
+    },
+    Vsock {
+        streams: Arc<UnixStreams>,
+        wiring: vsock::Wiring,
+    },
+    Balloon(balloon::Wiring),
+    Console(console::Wiring),
 }
 
 /// What an operator says a machine's devices are.
-pub(crate) fn launched(devices: &Devices, memory: &Arc<Memory>) -> Result<Vec<Fit>, Error> {
-    only_known(devices)?;
+pub(crate) fn launched(devices: &Devices, memory: &Arc<Memory>, console: &Arc<Output>) -> Result<Vec<Fit>, Error> {
     let mut fits = Vec::new();
     for config in &devices.disk {
         let id = config.id.clone().expect("Devices::complete gives every disk an id");
@@ -45,6 +58,42 @@ pub(crate) fn launched(devices: &Devices, memory: &Arc<Memory>) -> Result<Vec<Fi
         let geometry = disk::geometry(&image);
         fits.push(disk_fit(Spec::Disk { id, geometry }, config, image, memory)?);
     }
+    for config in &devices.net {
+        let id = config
+            .id
+            .clone()
+            .expect("Devices::complete gives every interface an id");
+        let mac = config.mac().bytes();
+        fits.push(net_fit(
+            Spec::Net {
+                id,
+                mac,
+                mtu: config.mtu,
+            },
+            config,
+        )?);
+    }
+    if let Some(config) = &devices.vsock {
+        fits.push(vsock_fit(config)?);
+    }
+    if let Some(config) = &devices.balloon {
+        let pages = PageCount::holding(config.size);
+        let spec = Spec::Balloon {
+            target: u32::try_from(pages.0)
+                .ok()
+                .filter(|_| pages <= memory.space().present_pages())
+                .ok_or_else(|| Error::Config {
+                    field: "balloon",
+                    expected: "size: expected at most the guest's memory".to_owned(),
+                })?,
+            deflate_on_oom: config.deflate_on_oom,
+            reporting: config.free_page_reporting,
+        };
+        fits.push(balloon_fit(spec, memory));
+    }
+    if devices.console.is_some() {
+        fits.push(console_fit(console));
+    }
     if let Some(config) = &devices.rng {
         fits.push(rng_fit(config)?);
     }
@@ -52,8 +101,12 @@ pub(crate) fn launched(devices: &Devices, memory: &Arc<Memory>) -> Result<Vec<Fi
 }
 
 /// What a guest's description says, found on this host.
-pub(crate) fn described(specs: &[Spec], devices: &Devices, memory: &Arc<Memory>) -> Result<Vec<Fit>, Error> {
-    only_known(devices)?;
+pub(crate) fn described(
+    specs: &[Spec],
+    devices: &Devices,
+    memory: &Arc<Memory>,
+    console: &Arc<Output>,
+) -> Result<Vec<Fit>, Error> {
     nothing_is_left_over(specs, devices)?;
     let fit = |spec: &Spec| match spec {
         Spec::Rng => rng_fit(&devices.rng.clone().unwrap_or_default()),
@@ -66,31 +119,34 @@ pub(crate) fn described(specs: &[Spec], devices: &Devices, memory: &Arc<Memory>)
             same_disk(&kind, geometry, &image)?;
             disk_fit(spec.clone(), config, image, memory)
         }
+        Spec::Net { id, mac, mtu } => {
+            let kind = spec.kind();
+            let config = devices.net.iter().find(|net| net.id.as_ref() == Some(id));
+            let config = config.ok_or_else(|| nowhere(&kind, &format!("--net id={id},tap=NAME")))?;
+            agrees(&kind, "mac", config.mac.map(Mac::bytes), *mac)?;
+            agrees(&kind, "mtu", config.mtu.map(Some), *mtu)?;
+            net_fit(spec.clone(), config)
+        }
+        Spec::Vsock => {
+            let config = devices.vsock.as_ref();
+            vsock_fit(config.ok_or_else(|| nowhere("vsock/0", "--vsock cid=N,socket=PATH"))?)
+        }
+        Spec::Balloon { .. } => Ok(balloon_fit(spec.clone(), memory)),
+        Spec::Console => Ok(console_fit(console)),
     };
     specs.iter().map(fit).collect()
-}
-
-/// What can be described and not yet built is refused, not ignored.
-fn only_known(devices: &Devices) -> Result<(), Error> {
-    for (field, wanted) in [
-        ("net", !devices.net.is_empty()),
-        ("vsock", devices.vsock.is_some()),
-        ("balloon", devices.balloon.is_some()),
-        ("console", devices.console.is_some()),
-    ] {
-        if wanted {
-            let expected = "this build has no such device".to_owned();
-            return Err(Error::Config { field, expected });
-        }
-    }
-    Ok(())
 }
 
 /// A device that an operator prepared for and that the guest does not have is a mistake of one of the two.
 fn nothing_is_left_over(specs: &[Spec], devices: &Devices) -> Result<(), Error> {
     let kinds: Vec<String> = specs.iter().map(Spec::kind).collect();
     let disks = devices.disk.iter().filter_map(|disk| disk.id.as_ref());
-    let mut given = disks.map(|id| format!("disk/{id}"));
+    let nets = devices.net.iter().filter_map(|net| net.id.as_ref());
+    let vsock = devices.vsock.iter().map(|_| "vsock/0".to_owned());
+    let mut given = disks
+        .map(|id| format!("disk/{id}"))
+        .chain(nets.map(|id| format!("net/{id}")))
+        .chain(vsock);
     match given.find(|kind| !kinds.contains(kind)) {
         None => Ok(()),
         Some(kind) => Err(Error::Incompatible(format!(
@@ -125,6 +181,80 @@ fn disk_fit(spec: Spec, config: &DiskConfig, image: Arc<Image>, memory: &Arc<Mem
         spec,
         backend: Backend::Disk { image, disk, wiring },
     })
+}
+
+fn net_fit(spec: Spec, config: &NetConfig) -> Result<Fit, Error> {
+    let Spec::Net { id, mac, mtu } = &spec else {
+        unreachable!("called with an interface's spec")
+    };
+    let source = match (&config.tap, config.fd) {
+        (Some(name), _) => TapSource::Named(name.clone()),
+        (None, Some(fd)) => TapSource::Inherited(fd),
+        (None, None) => unreachable!("Devices::complete refuses an interface without either"),
+    };
+    let tap = Arc::new(HostTap::open(&source, *mtu)?);
+    tracing::info!(net = %id, tap = tap.name(), created = tap.created(), "interface");
+    let limits = limits(&spec.kind(), config.rate_limit)?;
+    let wiring = net::Wiring {
+        id: id.to_string(),
+        mac: *mac,
+        mtu: *mtu,
+        offload: true,
+        guest_announce: true,
+        receive_limits: limits,
+        send_limits: limits,
+        tap: tap.clone(),
+    };
+    Ok(Fit {
+        spec,
+        backend: Backend::Net { tap, wiring },
+    })
+}
+
+fn vsock_fit(config: &VsockConfig) -> Result<Fit, Error> {
+    let streams = Arc::new(UnixStreams::listen(&config.socket)?);
+    let wiring = vsock::Wiring {
+        cid: config.cid.into(),
+        streams: streams.clone(),
+    };
+    Ok(Fit {
+        spec: Spec::Vsock,
+        backend: Backend::Vsock { streams, wiring },
+    })
+}
+
+fn balloon_fit(spec: Spec, memory: &Arc<Memory>) -> Fit {
+    let Spec::Balloon {
+        target,
+        deflate_on_oom,
+        reporting,
+    } = spec
+    else {
+        unreachable!("called with a balloon's spec")
+    };
+    let most = u32::try_from(memory.space().present_pages().0).unwrap_or(u32::MAX);
+    let wiring = balloon::Wiring {
+        target: target.min(most),
+        most,
+        deflate_on_oom,
+        reporting,
+        advice: memory.clone(),
+    };
+    Fit {
+        spec,
+        backend: Backend::Balloon(wiring),
+    }
+}
+
+fn console_fit(console: &Arc<Output>) -> Fit {
+    let wiring = console::Wiring {
+        index: 0,
+        out: console.clone(),
+    };
+    Fit {
+        spec: Spec::Console,
+        backend: Backend::Console(wiring),
+    }
 }
 
 /// The same disk on another host is of the same size, and its blocks are not larger.

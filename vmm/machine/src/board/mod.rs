@@ -27,13 +27,13 @@ pub(crate) mod spec;
 mod virtio;
 
 use std::fmt;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd as _, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kvm_ioctls::VmFd;
 use umbra_core::guest::StateRecord;
-use umbra_devices::virtio::{Virtio, block, rng};
+use umbra_devices::virtio::{Engine, Virtio, balloon, block, console, net, rng, vsock};
 use umbra_devices::{
     AcpiPm, Bus, Ending, ExitPort, FaultDevice, FaultPlan, I8042, Level, Line, Restore, Rtc, SavedState, Serial, Span,
     WallClock, acpi_pm, exit, fault, i8042, rtc, serial,
@@ -43,6 +43,7 @@ use self::fit::{Backend, Fit};
 use self::spec::Spec;
 use crate::acpi::{MmioWindow, Tables};
 use crate::backend::image::Image;
+use crate::backend::tap::HostTap;
 use crate::error::Error;
 use crate::memory::Memory;
 use crate::output::Output;
@@ -63,9 +64,16 @@ pub(crate) struct Board {
     windows: Vec<MmioWindow>,
     /// Locked while the guest runs here.
     images: Vec<Arc<Image>>,
+    /// Where the guest's frames go, or wait.
+    taps: Vec<Arc<HostTap>>,
+    balloon: Option<Known<balloon::Balloon>>,
+    console: Option<Known<console::Console>>,
     /// Devices have a way into it, and so it must not go before them.
     memory: Arc<Memory>,
 }
+
+/// A device that somebody outside of the guest acts on.
+type Known<D> = Arc<Mutex<Engine<D>>>;
 
 /// A device in its place.
 trait Slot: Send + Sync {
@@ -154,6 +162,9 @@ impl Board {
             specs: Vec::new(),
             windows: Vec::new(),
             images: Vec::new(),
+            taps: Vec::new(),
+            balloon: None,
+            console: None,
             memory: memory.clone(),
         };
         board.place(
@@ -199,6 +210,25 @@ impl Board {
                     self.workers.push(Worker::start(&name, vec![post])?);
                     self.images.push(image);
                 }
+                Backend::Net { tap, wiring } => {
+                    let post = self.plug::<net::Net>(vm, wiring, vec![tap.as_raw_fd()])?;
+                    self.workers.push(Worker::start(&spec.kind(), vec![post])?);
+                    self.taps.push(tap);
+                }
+                Backend::Vsock { streams, wiring } => {
+                    let post = self.plug::<vsock::Vsock>(vm, wiring, vec![streams.as_raw_fd()])?;
+                    self.workers.push(Worker::start("vsock", vec![post])?);
+                }
+                Backend::Balloon(wiring) => {
+                    let (post, engine) = self.plug_known::<balloon::Balloon>(vm, wiring, Vec::new())?;
+                    self.balloon = Some(engine);
+                    shared.push(post);
+                }
+                Backend::Console(wiring) => {
+                    let (post, engine) = self.plug_known::<console::Console>(vm, wiring, Vec::new())?;
+                    self.console = Some(engine);
+                    shared.push(post);
+                }
             }
             self.specs.push(spec);
         }
@@ -210,11 +240,24 @@ impl Board {
 
     /// One more virtio device, whose world is `world`.
     fn plug<D: Virtio>(&mut self, vm: &Arc<VmFd>, wiring: D::Wiring, world: Vec<RawFd>) -> Result<Post, Error> {
+        Ok(self.plug_known::<D>(vm, wiring, world)?.0)
+    }
+
+    /// The same, of a device that somebody outside of the guest acts on.
+    fn plug_known<D: Virtio>(
+        &mut self,
+        vm: &Arc<VmFd>,
+        wiring: D::Wiring,
+        world: Vec<RawFd>,
+    ) -> Result<(Post, Known<D>), Error> {
         let window = virtio::window(self.windows.len());
         let plugged = virtio::plug::<D>(vm, window, self.memory.for_devices(), wiring)?;
         let span = Span::new(window.base.into(), window.len.into());
         self.mmio.claim(span, span.first, plugged.device.clone())?;
-        let duty = plugged.device.lock().unwrap_or_else(PoisonError::into_inner).work();
+        let (duty, engine) = {
+            let device = plugged.device.lock().unwrap_or_else(PoisonError::into_inner);
+            (device.work(), device.engine())
+        };
         let post = Post {
             duty,
             queues: plugged.queues.clone(),
@@ -222,7 +265,7 @@ impl Board {
         };
         self.slots.push(Box::new(plugged));
         self.windows.push(window);
-        Ok(post)
+        Ok((post, engine))
     }
 
     fn place<D: Restore + 'static>(
@@ -277,6 +320,31 @@ impl Board {
     /// Let go of what only one host may have.
     pub(crate) fn let_go(&self) {
         self.images.iter().for_each(|image| image.unlock());
+    }
+
+    /// Keep what the guest sends over its networks from now on.
+    pub(crate) fn hold_output(&self) {
+        self.taps.iter().for_each(|tap| tap.hold());
+    }
+
+    /// Send what was kept, in order, and keep nothing more.
+    pub(crate) fn release_output(&self) {
+        self.taps.iter().for_each(|tap| tap.release());
+    }
+
+    /// Ask the guest to give up so much memory to its balloon; says whether it has one.
+    pub(crate) fn resize_balloon(&self, pages: u32) -> bool {
+        let Some(balloon) = &self.balloon else { return false };
+        let mut balloon = balloon.lock().unwrap_or_else(PoisonError::into_inner);
+        balloon.act(|balloon, rings| balloon.resize(pages, rings));
+        true
+    }
+
+    /// Somebody types on the paravirtual console; says how many bytes there was room for.
+    pub(crate) fn virtio_console_input(&self, bytes: &[u8]) -> usize {
+        let Some(console) = &self.console else { return 0 };
+        let mut console = console.lock().unwrap_or_else(PoisonError::into_inner);
+        console.act(|console, rings| console.input(bytes, rings))
     }
 
     /// What the guest sees of its virtio devices.

@@ -174,6 +174,18 @@ mod tests {
                     id: "rootfs".parse().unwrap(),
                     geometry: Geometry::of_sectors(9),
                 },
+                Spec::Net {
+                    id: "eth0".parse().unwrap(),
+                    mac: [2, 0, 0, 0, 0, 1],
+                    mtu: Some(1500),
+                },
+                Spec::Vsock,
+                Spec::Balloon {
+                    target: 7,
+                    deflate_on_oom: true,
+                    reporting: false,
+                },
+                Spec::Console,
             ],
             processor: Processor {
                 tsc_khz: 9,

@@ -507,7 +507,7 @@ mod tests {
                 panic!("planned by a test")
             }
             fn world(&self, _now: Now) -> Wake {
-                Wake::Idle
+                panic!("planned by a test")
             }
             fn busy(&self) -> usize {
                 1
