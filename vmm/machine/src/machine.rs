@@ -317,7 +317,8 @@ impl Machine {
         let machine = Arc::new_cyclic(|me: &Weak<Self>| {
             let mut machine = self;
             let (me, fate) = (me.clone(), machine.fate.clone());
-            let spawned = std::thread::Builder::new().name("restart".to_owned()).spawn(move || {
+            let name = std::thread::Builder::new().name("restart".to_owned());
+            let spawned = threads::spawn(ThreadClass::Device, name, move || {
                 while fate.next_reset() {
                     // Without a machine there is nothing to boot, and `quit` is about to be said.
                     let Some(machine) = me.upgrade() else { return };

@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 pub enum ThreadClass {
     /// Runs guest code: enters the guest, and answers its port and MMIO accesses.
     Vcpu,
-    /// Works for a device: queues, files, network interfaces, sockets.
+    /// Works for a device (queues, files, network interfaces, sockets), or for the machine: loads it again after a reset.
     Device,
 }
 
