@@ -6,7 +6,7 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | `traffic` | disks, beside QEMU's |
+//! | `traffic` | disks and networks, beside QEMU's |
 //! | `peers` | QEMU, with the same guest |
 //! | `devices` | exits to devices, and saving and restoring them |
 //! | `figure` | a figure: samples, median, 99th percentile, aim |
@@ -93,6 +93,9 @@ const FAMILIES: &[Family] = &[
         ],
         measure: devices::state,
         samples: (50, 3),
+        names: &["net_vs_qemu", "net_latency", "net_latency_qemu"],
+        measure: traffic::networks,
+        samples: (20, 1),
     },
     Family {
         names: &["demo_wall"],

@@ -5,7 +5,7 @@
 //! one MSR (`arch-capabilities`) that software-virtualised hosts refuse; devices have QEMU's own defaults.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 
@@ -71,4 +71,23 @@ pub(crate) fn says(kernel: &Path, memory_mib: u32, options: &str, devices: &[Str
         String::from_utf8_lossy(&output.stderr)
     );
     Ok(said)
+}
+
+/// A guest under QEMU that runs until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Running(Child);
+
+/// Starts one.
+pub(crate) fn launch(kernel: &Path, memory_mib: u32, options: &str, devices: &[String]) -> Result<Running> {
+    let mut command = command(kernel, memory_mib, options, devices);
+    // What it says is not needed, and a pipe that nobody reads would stop it.
+    command.stdout(Stdio::null()).stderr(Stdio::inherit());
+    Ok(Running(command.spawn().context(QEMU)?))
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }

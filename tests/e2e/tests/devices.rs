@@ -1,14 +1,20 @@
-//! Guests with disks move, are cut off, and meet hosts that fail.
+//! Guests with disks and networks move, are cut off, and meet hosts that fail.
 //!
 //! The tiny kernel drives the devices itself (`resources/guest/README.md`, Devices). Its disk is an image that both hosts
-//! reach by a path of their own, as with any shared storage. It sleeps until it is interrupted, and says so if an interrupt
-//! does not come.
+//! reach by a path of their own, as with any shared storage; its network is a bridge with a TAP for each host. It sleeps
+//! until it is interrupted, and says so if an interrupt does not come.
 
+use std::collections::BTreeSet;
 use std::fs::File;
+use std::net::UdpSocket;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use umbra_e2e::{Console, Guest, Host, Move, Vm, World, story};
+use umbra_e2e::lan::Lan;
+use umbra_e2e::{Console, Guest, Host, Move, PATIENCE, Vm, World, story};
 
 /// A power of two that is a whole number of everything.
 const IMAGE_BYTES: u64 = 16 << 20;
@@ -191,6 +197,122 @@ fn random_numbers_go_on_coming_after_a_move() {
                 random(console).filter(|bytes| *bytes > before)
             })?;
         }
+        vm.stop()
+    });
+}
+
+const GUEST_ADDRESS: &str = "10.0.0.2";
+const ECHO: u16 = 7;
+/// Who talks to a guest that moves waits no longer for one answer.
+const IMPATIENT: Duration = Duration::from_millis(100);
+/// What is not back by then is lost, however busy the machine is.
+const LATE: Duration = Duration::from_secs(10);
+
+/// Somebody on the network who numbers datagrams and has them sent back.
+struct Talker {
+    socket: UdpSocket,
+    next: u64,
+    back: BTreeSet<u64>,
+    lost: u64,
+}
+
+impl Talker {
+    fn new() -> Result<Self> {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        Ok(Self {
+            socket,
+            next: 0,
+            back: BTreeSet::new(),
+            lost: 0,
+        })
+    }
+
+    /// Send one, and wait for it so long.
+    fn asks_once(&mut self, patience: Duration) -> Result<bool> {
+        self.socket.set_read_timeout(Some(patience))?;
+        let number = self.next;
+        self.next += 1;
+        let payload: Vec<u8> = (number..number + 32).flat_map(u64::to_le_bytes).collect();
+        // While the guest is nowhere, nobody answers for its address.
+        let _ = self.socket.send_to(&payload, (GUEST_ADDRESS, ECHO));
+        let mut buffer = [0; 2048];
+        while let Ok(length) = self.socket.recv(&mut buffer) {
+            let answer = &buffer[..length];
+            let answered = answer.first_chunk().map(|number| u64::from_le_bytes(*number));
+            let answered = answered.context("an answer with a number")?;
+            let whole: Vec<u8> = (answered..answered + 32).flat_map(u64::to_le_bytes).collect();
+            ensure!(answer == whole, "answer {answered} is not what was asked");
+            ensure!(self.back.insert(answered), "{answered} was answered twice");
+            if answered == number {
+                return Ok(true);
+            }
+        }
+        self.lost += 1;
+        Ok(false)
+    }
+
+    /// The guest is there, and everything that is asked is answered.
+    fn is_answered(&mut self, times: usize) -> Result<()> {
+        let began = Instant::now();
+        while !self.asks_once(IMPATIENT)? {
+            ensure!(began.elapsed() < PATIENCE, "nobody at {GUEST_ADDRESS} answers");
+        }
+        for _ in 0..times {
+            ensure!(
+                self.asks_once(LATE)?,
+                "datagram {} was lost while the guest stayed where it is",
+                self.next - 1
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Between moves nothing is lost. While a move goes on, what is sent in the pause may be, as on any network; but nothing
+/// is changed, and nothing is answered twice: that would be two guests, or one that did something again.
+#[test]
+fn a_guest_is_answered_from_its_old_address_after_each_of_twenty_moves() {
+    story(|world| {
+        let lan = Lan::new()?;
+        let taps = ["tap-a", "tap-b"];
+        for tap in taps {
+            lan.tap(tap)?;
+        }
+        let hosts = [world.host("here")?, world.host("there")?];
+        let net = taps.map(|tap| format!("id=eth0,tap={tap}"));
+        let guest = Guest {
+            cpus: 1,
+            memory_mib: 64,
+            options: format!("work=net wait=irq ip={GUEST_ADDRESS}"),
+        };
+        let mut vm = hosts[0].launch_with(&guest, &["--net", &net[0]])?;
+        let mut talker = Talker::new()?;
+        talker.is_answered(100)?;
+        let mut lost_in_pauses = 0;
+        for leg in 1..=20 {
+            let (from, to) = (&hosts[(leg + 1) % 2], &hosts[leg % 2]);
+            let shadow = to.shadow_with(&[from], &["--net", &net[leg % 2]])?;
+            vm.protect_directly(&shadow)?;
+            let over = AtomicBool::new(false);
+            let lost = talker.lost;
+            // Somebody talks to it all the while.
+            let moved = thread::scope(|scope| {
+                let talking = scope.spawn(|| {
+                    while !over.load(Ordering::Relaxed) {
+                        talker.asks_once(IMPATIENT)?;
+                    }
+                    Ok::<(), anyhow::Error>(())
+                });
+                let moved = vm.migrate_to(shadow, &Move::usual().patient());
+                over.store(true, Ordering::Relaxed);
+                talking.join().expect("the talker does not panic")?;
+                moved
+            });
+            (vm, _) = moved?;
+            lost_in_pauses += talker.lost - lost;
+            talker.is_answered(100)?;
+        }
+        println!("{} datagrams, {lost_in_pauses} lost during 20 moves", talker.next);
         vm.stop()
     });
 }
