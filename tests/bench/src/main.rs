@@ -93,6 +93,8 @@ const FAMILIES: &[Family] = &[
         ],
         measure: devices::state,
         samples: (50, 3),
+    },
+    Family {
         names: &["net_vs_qemu", "net_latency", "net_latency_qemu"],
         measure: traffic::networks,
         samples: (20, 1),
