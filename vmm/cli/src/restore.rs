@@ -56,6 +56,8 @@ pub(crate) fn go_on(
     let machine = twin.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
     let machine =
         machine.ok_or_else(|| Failure::failed("the guest that was restored is not one this process built"))?;
+    // What it drew of randomness before the cut, another guest from the same folder has drawn as well.
+    machine.renew_generation();
     let resident = Process::move_in(&process.console, &process.vm, machine);
     let restored = json!({
         "snapshot": manifest.id.to_string(),

@@ -58,7 +58,6 @@ pub(crate) struct MmioWindow {
 
 /// Where the VM generation counter lies, and the edge-triggered line that says it has changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(dead_code, reason = "a board without the counter has none")]
 pub(crate) struct Generation {
     pub(crate) at: Gpa,
     pub(crate) irq: u32,

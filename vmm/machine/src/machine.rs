@@ -187,6 +187,12 @@ impl Machine {
         self.board.console_input(bytes)
     }
 
+    /// The guest may have become two: it was restored from a snapshot, or taken over after its host was lost. Called
+    /// before it runs. Its kernel is told, and draws new random numbers.
+    pub fn renew_generation(&self) {
+        self.board.renew_generation();
+    }
+
     /// Press the guest's power button. Says whether it listens: its kernel knows ACPI and has come to its driver.
     pub fn power_button(&self) -> bool {
         self.board.power_button()

@@ -353,7 +353,7 @@ impl Block {
             return self.clear_in_place();
         }
         // What is not a hole; memory that cannot tell is one run of data.
-        let mut backed = vec![0..self.pages.0];
+        let mut backed: Vec<_> = std::iter::once(0..self.pages.0).collect();
         for hole in self.holes() {
             let last = backed.pop().expect("it ends with what lies behind the last hole");
             backed.push(last.start..hole.start);

@@ -9,7 +9,7 @@ mod common;
 use common::{Console, Snippet, copy_memory, image, launch, move_to_twin, record};
 use umbra_core::guest::{Guest, GuestBuilder, GuestError, StateRecord};
 use umbra_machine::{Machine, Sinks};
-use umbra_units::Bytes;
+use umbra_units::{Bytes, PAGE_SIZE, PageId, Pfn};
 
 #[test]
 fn a_guest_moves_a_hundred_times_and_never_notices() {
@@ -389,8 +389,8 @@ fn a_running_guest_refuses_what_needs_it_paused() {
     machine.resume().unwrap();
     assert!(matches!(machine.save(), Err(GuestError::WrongState(_))));
     assert!(matches!(machine.restore(&[]), Err(GuestError::WrongState(_))));
-    let page = umbra_units::PageId::ram(umbra_units::Pfn(0));
-    let mut bytes = [0; umbra_units::PAGE_SIZE];
+    let page = PageId::ram(Pfn(0));
+    let mut bytes = [0; PAGE_SIZE];
     assert!(matches!(
         machine.read_page(page, &mut bytes),
         Err(GuestError::WrongState(_))
@@ -443,4 +443,39 @@ fn state_of_a_larger_machine_does_not_fit_a_smaller_one() {
     let error = small.restore(&large.save().unwrap()).unwrap_err();
     let text = "machine: the state is of 2 vCPUs and 16.0 MiB, this machine has 1 and 8.0 MiB";
     assert_eq!(error, GuestError::Incompatible(text.to_owned()));
+}
+
+#[test]
+fn a_guest_that_may_have_become_two_has_a_new_generation_and_one_that_moved_has_its_own() {
+    needs_kvm!();
+    // Where the ACPI tables say it is.
+    let generation = |machine: &Machine| {
+        let mut bytes = [0; PAGE_SIZE];
+        machine.read_page(PageId::ram(Pfn(0xdf)), &mut bytes).unwrap();
+        bytes[..16].to_vec()
+    };
+    let console = Console::default();
+    let machine = launch(1, Bytes::mib(16), "work=idle", &console);
+    machine.resume().unwrap();
+    console.wait_more(10);
+    machine.pause().unwrap();
+    let first = generation(&machine);
+    assert_ne!(first, [0; 16]);
+    let records = machine.save().unwrap();
+    for (renewed, twins) in [(false, "moved"), (true, "restored")] {
+        let ears = Console::default();
+        let mouth = ears.clone();
+        let twin = Machine::builder(move || mouth.sinks())
+            .build_machine(&machine.describe())
+            .unwrap();
+        copy_memory(&*machine, &*twin);
+        twin.restore(&records).unwrap();
+        if renewed {
+            twin.renew_generation();
+        }
+        twin.resume().unwrap();
+        ears.wait_more(10);
+        twin.pause().unwrap();
+        assert_eq!(generation(&twin) != first, renewed, "{twins}");
+    }
 }

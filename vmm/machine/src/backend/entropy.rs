@@ -18,6 +18,11 @@ pub(crate) struct HostEntropy {
 }
 
 impl HostEntropy {
+    /// The kernel's own.
+    pub(crate) fn kernel() -> Result<Self, Error> {
+        Self::open(&RngConfig::default())
+    }
+
     /// Open it.
     pub(crate) fn open(config: &RngConfig) -> Result<Self, Error> {
         let open = |path: &std::path::Path| {

@@ -9,6 +9,7 @@
 //!   0x5fa   fault/0             (only when a test asks for it)
 //!   0x600   acpi-pm/0           9, level
 //!   0xcf9   acpi-pm/0 (reset)
+//!   memory  generation/0        3
 //! ```
 //!
 //! Virtio devices answer in memory, and most of what they do happens on threads of their own: see [`virtio`].
@@ -34,14 +35,17 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use kvm_ioctls::VmFd;
 use umbra_core::guest::StateRecord;
 use umbra_devices::virtio::{Engine, Virtio, balloon, block, console, net, rng, vsock};
+use umbra_devices::vmgenid::Generation;
 use umbra_devices::{
     AcpiPm, Bus, Ending, ExitPort, FaultDevice, FaultPlan, I8042, Level, Line, Restore, Rtc, SavedState, Serial, Span,
-    WallClock, acpi_pm, exit, fault, i8042, rtc, serial,
+    WallClock, acpi_pm, exit, fault, i8042, rtc, serial, vmgenid,
 };
+use umbra_units::Gpa;
 
 use self::fit::{Backend, Fit};
 use self::spec::Spec;
-use crate::acpi::{MmioWindow, Tables};
+use crate::acpi::{Generation as Location, MmioWindow, Tables};
+use crate::backend::entropy::HostEntropy;
 use crate::backend::image::Image;
 use crate::backend::tap::HostTap;
 use crate::error::Error;
@@ -57,6 +61,7 @@ pub(crate) struct Board {
     pub(crate) mmio: Bus,
     serial: Arc<Mutex<Serial>>,
     power: Arc<Mutex<AcpiPm>>,
+    generation: Arc<Mutex<Generation>>,
     /// In the order they are saved.
     slots: Vec<Box<dyn Slot>>,
     /// What the guest sees of its virtio devices, in the order of `windows`.
@@ -152,12 +157,23 @@ impl Board {
             }),
         };
         let power = Arc::new(Mutex::new(AcpiPm::new(power_wiring.clone())));
+        let generation_wiring = vmgenid::Wiring {
+            ram: memory.for_devices(),
+            at: GENERATION.at,
+            entropy: Arc::new(HostEntropy::kernel()?),
+            line: Arc::new(IsaLine {
+                vm: vm.clone(),
+                irq: GENERATION.irq,
+            }),
+        };
+        let generation = Arc::new(Mutex::new(Generation::new(generation_wiring.clone())));
         let mut board = Self {
             workers: Vec::new(),
             ports: Bus::new(),
             mmio: Bus::new(),
             serial: console.clone(),
             power: power.clone(),
+            generation: generation.clone(),
             slots: Vec::new(),
             specs: Vec::new(),
             windows: Vec::new(),
@@ -190,6 +206,8 @@ impl Board {
             Span::new(acpi_pm::RESET_PORT, 1),
         ];
         board.place(power, power_wiring, acpi_pm::EVENT_PORT, &spans)?;
+        // It is in memory, and answers nowhere else.
+        board.place(generation, generation_wiring, 0, &[])?;
         if let Some(plan) = fault_plan {
             let device = Arc::new(Mutex::new(FaultDevice::new(plan.clone())));
             board.place(device, plan.clone(), fault::PORT, &[Span::new(fault::PORT, 1)])?;
@@ -382,8 +400,13 @@ impl Board {
         Tables {
             cpus: 0,
             mmio: &self.windows,
-            generation: None,
+            generation: Some(GENERATION),
         }
+    }
+
+    /// The guest may have become two: tell it, when it goes on.
+    pub(crate) fn renew_generation(&self) {
+        self.generation.lock().unwrap_or_else(PoisonError::into_inner).renew();
     }
 
     /// Somebody presses the power button; says whether the guest listens.
@@ -396,6 +419,12 @@ impl Board {
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).input(bytes)
     }
 }
+
+/// Where the guest's generation lies: on a page of its own below the ACPI tables, which no memory map calls usable.
+const GENERATION: Location = Location {
+    at: Gpa(0xd_f000),
+    irq: 3,
+};
 
 /// A line of the PIC and IOAPIC. See the [module](self).
 struct IsaLine {
