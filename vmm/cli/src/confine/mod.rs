@@ -12,7 +12,7 @@
 //!
 //! All of these but the limits belong to a *thread* in Linux, and are inherited by the threads it makes. So the main thread
 //! confines itself before it makes the runtime, and the machine's threads, which are made earlier, confine themselves
-//! when they start: [`Confinement::enter`] in both cases. A vCPU's thread keeps less than the others: it is the one that a
+//! when they start: [`enter`] in both cases. A vCPU's thread keeps less than the others: it is the one that a
 //! guest reaches first.
 //!
 //! There is no way back: every part of this is one that the kernel only ever lets tighten.
