@@ -23,6 +23,7 @@ struct Leaf {
 }
 
 const EAX: usize = 0;
+const EBX: usize = 1;
 const ECX: usize = 2;
 const EDX: usize = 3;
 
@@ -131,6 +132,11 @@ impl Cpuid {
         if let Some(main) = main {
             main.registers[ECX] = if xcr0 == 0 { 0 } else { end };
         }
+    }
+
+    /// How the name of the processor's vendor begins.
+    pub(crate) fn vendor(&self) -> u32 {
+        self.register(0, 0, EBX)
     }
 
     /// The features in it.
@@ -252,27 +258,33 @@ impl Leaf {
 
     /// Without what KVM derives from the guest's control registers (arch/x86/kvm/cpuid.c, `kvm_update_cpuid_runtime`).
     fn without_dynamic(mut self) -> Self {
-        let [_, ebx, ecx, edx] = &mut self.registers;
-        match (self.function, self.index) {
-            (1, _) => {
-                *ecx &= !OSXSAVE;
-                *edx &= !APIC;
-            }
-            (7, 0) => *ecx &= !OSPKE,
-            // Size of the XSAVE area for the features enabled now.
-            (0xd, 0 | 1) => *ebx = 0,
-            _ => {}
+        for (register, value) in self.registers.iter_mut().enumerate() {
+            *value &= !dynamic(Register {
+                leaf: self.function,
+                index: if self.function == 1 { 0 } else { self.index },
+                register,
+            });
         }
         self.flags &= KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
         self
     }
 }
 
+/// The bits of a register that follow the guest's control registers.
+pub(crate) const fn dynamic(register: Register) -> u32 {
+    match (register.leaf, register.index, register.register) {
+        (1, 0, ECX) => OSXSAVE,
+        (1, 0, EDX) => APIC,
+        (7, 0, ECX) => OSPKE,
+        // Size of the XSAVE area for the features enabled now.
+        (0xd, 0 | 1, EBX) => u32::MAX,
+        _ => 0,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const EBX: usize = 1;
 
     fn leaf(function: u32, index: u32, registers: [u32; 4]) -> Leaf {
         Leaf {

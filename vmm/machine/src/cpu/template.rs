@@ -21,6 +21,7 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::features::{Features, REGISTERS_OF_FEATURES, REPEATED, Register, feature};
+use super::table::dynamic;
 use crate::error::Error;
 use crate::limits;
 
@@ -218,19 +219,24 @@ impl Template {
         &self.description
     }
 
-    /// The features it allows, of those registers that it limits: what a host must have to show all of it.
+    /// The features it allows, of those registers that it limits: what a host must have to show all of it. Bits that
+    /// follow the guest's own control registers are no feature of a host.
     pub fn features(&self) -> Features {
         let repeated = |register: &Register| if *register == REPEATING { REPEATED } else { 0 };
         let limits = self
             .limited
             .iter()
             .map(|register| (*register, self.masks[register] & !repeated(register)));
-        limits.chain(self.needs.iter().copied()).collect()
+        limits
+            .chain(self.needs.iter().copied())
+            .map(|(register, bits)| (register, bits & !dynamic(register)))
+            .collect()
     }
 
     /// The features without which it cannot be what it says.
     pub(crate) fn needs(&self) -> Features {
-        self.needs.iter().copied().collect()
+        let fixed = |(register, bits): &(Register, u32)| (*register, bits & !dynamic(*register));
+        self.needs.iter().map(fixed).collect()
     }
 
     pub(crate) fn mask(&self, register: Register) -> u32 {
@@ -272,6 +278,24 @@ mod tests {
             v3.features().beyond(&v4.features())
         );
         assert!(v4.features().names().contains(&"avx512f".to_owned()));
+    }
+
+    #[test]
+    fn bits_that_follow_the_guests_control_registers_are_asked_of_no_host() {
+        let text = "needs = [\"osxsave\"]\n[only]\n\"0x1.ecx\" = [\"osxsave\", \"cx16\"]\n\"0x1.edx\" = [\"apic\", \"tsc\"]\n\
+                    \"0x7.ecx\" = [\"umip\", \"0x7.ecx.4\"]";
+        let template = Template::parse("t.toml", text).unwrap();
+        assert_eq!(template.features().names(), ["cx16", "tsc", "umip"]);
+        assert!(template.needs().names().is_empty());
+        // They are shown all the same.
+        assert_eq!(template.mask(Register::parse("0x1.edx").unwrap()), 1 << 9 | 1 << 4);
+        for name in Template::built_in() {
+            let features = Template::named(name).unwrap().features().names();
+            assert!(
+                !features.iter().any(|name| name == "osxsave" || name == "apic"),
+                "{name}"
+            );
+        }
     }
 
     #[test]
