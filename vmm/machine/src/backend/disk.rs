@@ -94,21 +94,50 @@ impl FileDisk {
     }
 
     fn in_the_pool(&self, tag: Tag, job: impl FnOnce(&Shared) -> io::Result<()> + Send + 'static) {
-        self.shared.state().out += 1;
-        let shared = self.shared.clone();
-        self.pool.give(move || {
-            let outcome = shared.outcome(job(&shared));
-            let mut state = shared.state();
-            state.done.push_back(Completion { tag, outcome });
-            state.out -= 1;
-            let idle = state.out == 0;
-            drop(state);
-            if idle {
-                shared.idle.notify_all();
-            }
-            // Full only after 2^64 - 2 events that nobody heard: then there is one waiting anyway.
-            let _ = shared.event.write(1);
+        let mut owed = Owed::new(&self.shared, tag);
+        self.pool.give(move || owed.pay(job));
+    }
+}
+
+/// A request in the pool, given back when this is dropped: as failed, if its job never came to its end. Whoever pauses
+/// the guest waits for all of them.
+struct Owed {
+    shared: Arc<Shared>,
+    tag: Tag,
+    outcome: Outcome,
+}
+
+impl Owed {
+    fn new(shared: &Arc<Shared>, tag: Tag) -> Self {
+        shared.state().out += 1;
+        Self {
+            shared: shared.clone(),
+            tag,
+            outcome: Outcome::Failed,
+        }
+    }
+
+    fn pay(&mut self, job: impl FnOnce(&Shared) -> io::Result<()>) {
+        self.outcome = self.shared.outcome(job(&self.shared));
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        let Self { shared, tag, outcome } = self;
+        let mut state = shared.state();
+        state.done.push_back(Completion {
+            tag: *tag,
+            outcome: *outcome,
         });
+        state.out -= 1;
+        let idle = state.out == 0;
+        drop(state);
+        if idle {
+            shared.idle.notify_all();
+        }
+        // Full only after 2^64 - 2 events that nobody heard: then there is one waiting anyway.
+        let _ = shared.event.write(1);
     }
 }
 
@@ -228,5 +257,76 @@ impl fmt::Debug for FileDisk {
             state.out,
             state.done.len()
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use umbra_devices::virtio::block::{Block, Wiring};
+    use umbra_devices::virtio::limiter::Limits;
+    use umbra_devices::virtio::testing::Driver;
+    use umbra_units::Bytes;
+    use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+    use super::*;
+    use crate::config::devices::DiskConfig;
+    use crate::config::{Shape, Sharing};
+
+    /// A disk all of whose jobs panic.
+    #[derive(Debug)]
+    struct Cursed(FileDisk);
+
+    impl Disk for Cursed {
+        fn submit(&self, Request { tag, .. }: Request, _ram: &Ram) {
+            self.0.in_the_pool(tag, |_| panic!("on purpose"));
+        }
+
+        fn completed(&self) -> Option<Completion> {
+            self.0.completed()
+        }
+
+        fn quiesce(&self) {
+            self.0.quiesce();
+        }
+    }
+
+    #[test]
+    fn a_request_whose_job_panics_comes_back_as_failed_and_holds_up_no_pause() {
+        const IN: [u8; 16] = [0; 16];
+        const IO_ERROR: u8 = 1;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let config = DiskConfig {
+            path: file.path().to_owned(),
+            ..DiskConfig::default()
+        };
+        let image = Arc::new(Image::open("disk/0", &config, false).unwrap());
+        let memory = Arc::new(Memory::new(Shape::new(1, Bytes::mib(8), Sharing::Private).unwrap()).unwrap());
+        let disk = Arc::new(Cursed(FileDisk::new("disk/0", image.clone(), &memory).unwrap()));
+        let mut driver = Driver::<Block>::at_work(Wiring {
+            id: "0".to_owned(),
+            serial: String::new(),
+            geometry: geometry(&image),
+            queues: 1,
+            limits: Limits::default(),
+            disk: disk.clone(),
+        });
+        let told = Epoll::new().unwrap();
+        let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+        told.ctl(ControlOperation::Add, disk.0.event(), event).unwrap();
+        // More than there are threads: none is lost.
+        for _ in 0..2 * THREADS {
+            let placed = driver.add(0, &[&IN], &[512, 1]);
+            driver.kick(0);
+            assert_eq!(
+                told.wait(10_000, &mut [EpollEvent::default()]).unwrap(),
+                1,
+                "nobody said so"
+            );
+            disk.quiesce();
+            driver.world();
+            assert!(driver.used(0).is_some());
+            assert_eq!(driver.get(placed.writable[1], 1), [IO_ERROR]);
+        }
     }
 }

@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -83,7 +84,11 @@ impl Shared {
                 }
             };
             drop(queue);
-            job();
+            // The next job needs this thread. What a job leaves behind when it panics is for it to know: it was moved here,
+            // and nothing else of it is left.
+            if panic::catch_unwind(AssertUnwindSafe(job)).is_err() {
+                tracing::error!("a job of an I/O thread panicked");
+            }
         }
     }
 
@@ -134,5 +139,20 @@ mod tests {
         }
         drop(pool);
         assert_eq!(done.load(Ordering::SeqCst), 30);
+    }
+
+    #[test]
+    fn a_job_that_panics_takes_no_thread_with_it() {
+        let pool = Pool::start("test-io", 1).unwrap();
+        let done = Arc::new(AtomicUsize::new(0));
+        for n in 0..10 {
+            let done = done.clone();
+            pool.give(move || {
+                assert!(n % 2 == 1, "on purpose");
+                done.fetch_add(1, Ordering::SeqCst);
+            });
+        }
+        drop(pool);
+        assert_eq!(done.load(Ordering::SeqCst), 5);
     }
 }
