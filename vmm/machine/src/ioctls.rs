@@ -4,10 +4,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-use kvm_bindings::{KVMIO, kvm_clear_dirty_log};
-use kvm_ioctls::VmFd;
+use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_clear_dirty_log, kvm_device_attr};
+use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
-use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iowr_nr};
+use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 use crate::error::Error;
 
@@ -37,6 +37,36 @@ pub(crate) fn clear_dirty_log(vm: &VmFd, slot: u32, first: u64, pages: u32, bits
             source: kvm_ioctls::Error::last(),
         })
     }
+}
+
+ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
+ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
+
+/// The attribute of a vCPU that is its TSC's offset, to be read to or written from `offset`.
+fn tsc_offset_at(offset: &mut u64) -> kvm_device_attr {
+    kvm_device_attr {
+        group: KVM_VCPU_TSC_CTRL,
+        attr: KVM_VCPU_TSC_OFFSET.into(),
+        addr: std::ptr::from_mut(offset).expose_provenance() as u64,
+        ..Default::default()
+    }
+}
+
+/// What a vCPU's TSC is ahead of its host's, scaled (kvm/devices/vcpu.rst 4.1); `None` where the kernel does not tell.
+pub(crate) fn tsc_offset(vcpu: &VcpuFd) -> Option<u64> {
+    let mut offset = 0;
+    let attr = tsc_offset_at(&mut offset);
+    // SAFETY: for this attribute KVM writes one u64 to `addr`, which is a u64 of ours that lives across the call.
+    let done = unsafe { ioctl_with_ref(vcpu, KVM_GET_DEVICE_ATTR(), &attr) };
+    (done == 0).then_some(offset)
+}
+
+/// Set it; says whether the kernel took it, which some do and then ignore it.
+pub(crate) fn set_tsc_offset(vcpu: &VcpuFd, mut offset: u64) -> bool {
+    let attr = tsc_offset_at(&mut offset);
+    // SAFETY: for this attribute KVM reads one u64 at `addr`, which is a u64 of ours that lives across the call.
+    let done = unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attr) };
+    done == 0
 }
 
 /// `_UFFDIO_API` of linux/userfaultfd.h.

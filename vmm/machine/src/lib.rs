@@ -88,5 +88,6 @@ pub use error::Error;
 pub use fate::ExitReason;
 pub use machine::{Machine, MachineBuilder, Sinks};
 pub use probe::{HostReport, Ring0, Userfaultfd, probe};
+pub use state::time::{ClockReport, TscPlaced};
 pub use threads::{ThreadClass, on_thread_start};
 pub use umbra_devices::{FaultPlan, Out};

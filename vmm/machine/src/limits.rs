@@ -38,6 +38,10 @@ pub const MSRS_OF_A_RANGE: u32 = 0x600 * 8;
 /// MSRs in a vCPU's record: `KVM_MAX_MSR_ENTRIES` of kvm-bindings.
 pub const MSRS: usize = 256;
 
+/// By how much a restored guest's clocks may be off before it is warned of: what a guest's own clock discipline is troubled
+/// by, and far more than reading two clocks takes.
+pub const CLOCK_ERROR_NS: u64 = 1_000_000;
+
 /// Largest XSAVE area. The architecture's largest today, with AMX, is 11 KiB.
 pub const XSAVE_BYTES: usize = 64 << 10;
 

@@ -53,6 +53,7 @@ use crate::output::Output;
 use crate::probe;
 use crate::state::platform::{self, Platform};
 use crate::state::restart::Restart;
+use crate::state::time::{ClockReport, Reading, TscPlaced};
 use crate::state::vcpu::{self as vcpu_state, Host, Processor, VcpuState};
 use crate::state::{Description, Incoming, describe};
 use crate::threads::{self, ThreadClass};
@@ -90,6 +91,8 @@ pub struct Machine {
     description: Description,
     /// Save and restore vCPUs on their own threads: see [`Machine::each_vcpu`].
     in_parallel: bool,
+    /// How the guest's clocks went on after the last restore.
+    clock: Mutex<Option<ClockReport>>,
     phase: Mutex<Phase>,
     /// What a reset goes back to.
     power_on: PowerOn,
@@ -249,6 +252,11 @@ impl Machine {
         }
     }
 
+    /// How the guest's clocks went on when it was last restored here, as measured then; `None` if it never was.
+    pub fn clock_report(&self) -> Option<ClockReport> {
+        *self.clock.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn assemble(plan: &Plan<'_>, sinks: Sinks) -> Result<Self, Error> {
         let kvm = probe::open_kvm()?;
         let cpus = plan.shape.cpus();
@@ -302,6 +310,7 @@ impl Machine {
             host,
             description,
             in_parallel: worth_parallel(cpus.into()),
+            clock: Mutex::new(None),
             phase: Mutex::new(Phase::Blank),
             power_on,
             restart: Mutex::default(),
@@ -491,8 +500,9 @@ impl Machine {
         }
         let mut records = vec![self.description.encode()];
         records.push(self.restart.lock().unwrap_or_else(PoisonError::into_inner).encode());
-        records.extend(platform::save(&self.vm)?);
-        records.extend(self.each_vcpu(|vcpu, host| Ok(VcpuState::of(vcpu, host)?.encode(vcpu.index)))?);
+        let (platform, clocks) = platform::save(&self.vm)?;
+        records.extend(platform);
+        records.extend(self.each_vcpu(move |vcpu, host| Ok(VcpuState::of(vcpu, host, &clocks)?.encode(vcpu.index)))?);
         records.extend(self.board.save()?);
         Ok(records)
     }
@@ -524,7 +534,7 @@ impl Machine {
 
         // Everything is understood. What fails from here on is the host's refusal, and leaves no state to run.
         *phase = Phase::Blank;
-        platform.apply(&self.vm)?;
+        let (then, now) = (platform.clocks(), platform.apply(&self.vm)?);
         // KVM writes a vCPU's clock into guest memory as soon as it is told where. A twin that is only prepared holds
         // what was shipped and nothing else: its source may take the epoch back, and the next delta would not fit. What
         // is put back here KVM writes again when the vCPU first runs, because it is told of the pause then.
@@ -537,18 +547,56 @@ impl Machine {
             }
         }
         let states = Arc::new(states);
+        let of_vcpus = states.clone();
         let applied = self.each_vcpu(move |vcpu, host| {
-            states[usize::from(vcpu.index)].apply(vcpu, host)?;
+            let placed = of_vcpus[usize::from(vcpu.index)].apply(vcpu, host, &then, &now)?;
             vcpu.tell_of_pause = true;
-            Ok(())
+            Ok(placed)
         });
         for (page, bytes) in &shipped {
             self.memory.apply_page(*page, bytes)?;
         }
-        applied?;
+        self.report_clocks(&then, &states, &applied?)?;
         put_devices_in_place();
         self.will_restart(restart);
         *phase = Phase::Paused;
+        Ok(())
+    }
+
+    /// Read the clocks, and tell by how much they are not what they should be, having been restored.
+    fn report_clocks(&self, then: &Reading, states: &[VcpuState], placed: &[TscPlaced]) -> Result<(), Error> {
+        let from = platform::clocks(&self.vm)?;
+        let mut tscs = Vec::with_capacity(states.len());
+        for vcpu in &self.vcpus {
+            tscs.push(vcpu_state::read_msr(&lock(vcpu).fd, vcpu_state::IA32_TSC)?);
+        }
+        let to = platform::clocks(&self.vm)?;
+        let errors = states
+            .iter()
+            .zip(tscs)
+            .filter_map(|(state, found)| Some(state.tsc()?.error_ns(then, found?, &from, &to)));
+        let (away_ns, error_ns) = to.since(then);
+        let report = ClockReport {
+            away_ns,
+            error_ns,
+            tsc: placed
+                .iter()
+                .copied()
+                .find(|placed| *placed != TscPlaced::Offset)
+                .unwrap_or(TscPlaced::Offset),
+            tsc_error_ns: errors.max_by_key(|error| error.unsigned_abs()),
+        };
+        let ClockReport { tsc_error_ns, tsc, .. } = report;
+        let tsc = tsc.why();
+        tracing::info!(away_ns, error_ns, tsc_error_ns, tsc, "the guest's clocks were restored");
+        if report.is_off_by(limits::CLOCK_ERROR_NS) {
+            tracing::warn!(
+                error_ns,
+                tsc_error_ns,
+                "the guest's clocks are off by more than they should be: it may see time jump"
+            );
+        }
+        *self.clock.lock().unwrap_or_else(PoisonError::into_inner) = Some(report);
         Ok(())
     }
 
@@ -674,7 +722,7 @@ fn give_cpu(kvm: &Kvm, vm: &VmFd, vcpus: &[Arc<Mutex<Vcpu>>], plan: &Plan<'_>) -
     supported.for_vcpu(0, cpus).give_to(&first.fd)?;
     first.processor = Processor::of(&first.fd)?;
     let possible = first.processor.clone();
-    let host = Host::learn(kvm, vm, &first.fd, possible.cpuid.clone())?;
+    let host = Host::learn(kvm, vm, &first.fd, possible.clone())?;
     drop(first);
     let (wanted, hidden) = match plan.cpu {
         WantedCpu::Like(cpu, hidden) => {
@@ -734,10 +782,12 @@ fn same_devices(theirs: &[String], mine: &[String]) -> Result<(), Error> {
 
 impl PowerOn {
     fn of(vm: &VmFd, vcpus: &[Arc<Mutex<Vcpu>>], host: &Host) -> Result<Self, Error> {
-        let state_of = |vcpu: &Arc<Mutex<Vcpu>>| Ok(VcpuState::of(&lock(vcpu), host)?.without_counter());
+        let platform = Platform::of(vm)?;
+        let clocks = platform.clocks();
+        let state_of = |vcpu: &Arc<Mutex<Vcpu>>| Ok(VcpuState::of(&lock(vcpu), host, &clocks)?.without_counter());
         Ok(Self {
             vcpus: Arc::new(vcpus.iter().map(state_of).collect::<Result<_, Error>>()?),
-            platform: Platform::of(vm)?,
+            platform,
         })
     }
 }

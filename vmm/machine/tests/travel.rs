@@ -51,6 +51,80 @@ fn every_beat_was_heard_once(heard: &str) {
     }
 }
 
+fn number(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+#[test]
+fn a_guests_clock_goes_on_over_a_move_and_its_error_is_known() {
+    needs_kvm!();
+    // kvm_clock_data begins with the clock.
+    let clock = |machine: &Machine| number(&record(&mut machine.save().unwrap(), "clock").bytes, 0);
+    let console = Console::default();
+    let mut machine = launch(2, Bytes::mib(16), "cpus=2 work=dirty wss=1M rate=10M", &console);
+    machine.resume().unwrap();
+    console.wait_for("ready");
+    assert_eq!(machine.clock_report(), None, "it never moved");
+    for _ in 0..5 {
+        console.wait_more(5);
+        machine.pause().unwrap();
+        let before = clock(&machine);
+        machine = move_to_twin(&*machine, &console);
+        let report = machine.clock_report().unwrap();
+        let after = clock(&machine);
+        println!("{report:?}");
+        assert!(after > before, "{after} after {before}");
+        if let Some((away, error)) = report.away_ns.zip(report.error_ns) {
+            // A clock that stood still would be off by all the time that it was away.
+            assert!(away > 0 && error.abs() < away / 2, "{report:?}");
+        }
+        let error = report.tsc_error_ns.expect("every kernel tells what IA32_TSC is");
+        assert!(error.abs() < 1_000_000_000, "{report:?}");
+        machine.resume().unwrap();
+    }
+    console.wait_more(20);
+    assert_eq!(machine.exit_reason(), None, "{}", console.text());
+}
+
+#[test]
+fn what_a_restored_counter_shows_is_what_the_report_says_whatever_the_kernel_made_of_it() {
+    needs_kvm!();
+    const LEAP: u64 = 1 << 40;
+    let (mut records, twin) = paused_and_twin();
+    let clock_then = number(&record(&mut records, "clock").bytes, 0);
+    let vcpu = &mut record(&mut records, "vcpu/0").bytes;
+    let khz = u64::from(u32::from_le_bytes(vcpu[..4].try_into().unwrap()));
+    let at = vcpu.len() - 8;
+    assert_eq!(vcpu[at - 1], 1, "every kernel tells what IA32_TSC is");
+    // As if the guest's counter were far ahead of this host's.
+    let tsc_then = number(vcpu, at) + LEAP;
+    vcpu[at..].copy_from_slice(&tsc_then.to_le_bytes());
+    twin.restore(&records).unwrap();
+    let report = twin.clock_report().unwrap();
+    println!("{report:?}");
+
+    let mut again = twin.save().unwrap();
+    let clock = number(&record(&mut again, "clock").bytes, 0);
+    let vcpu = &record(&mut again, "vcpu/0").bytes;
+    let (_, places) = places_of_time(vcpu);
+    // What the guest would read, and what is carried on from here, are the same moment's but for the time of reading.
+    let shown = number(vcpu, places[0]);
+    let error = |shown: u64| {
+        let due = tsc_then + (clock - clock_then) * khz / 1_000_000;
+        i64::try_from((i128::from(shown) - i128::from(due)) * 1_000_000 / i128::from(khz)).unwrap()
+    };
+    let told = report.tsc_error_ns.unwrap();
+    for value in [shown, number(vcpu, vcpu.len() - 8)] {
+        assert!(
+            (error(value) - told).abs() < 5_000_000_000,
+            "{} and {told}",
+            error(value)
+        );
+    }
+    // Either it leapt, or the report says that it did not: by minutes, whatever the frequency.
+    assert!(told.abs() < 5_000_000_000 || told < -60_000_000_000, "{report:?}");
+}
+
 #[test]
 fn preparing_a_twin_changes_no_byte_of_its_memory() {
     needs_kvm!();
@@ -170,8 +244,19 @@ fn without_time(mut records: Vec<StateRecord>) -> Vec<StateRecord> {
     records
 }
 
-/// The LAPIC's current count, and the MSRs IA32_TSC and IA32_TSC_DEADLINE.
+/// The LAPIC's current count, the MSRs IA32_TSC and IA32_TSC_DEADLINE, and the TSC at the clock's instant.
 fn blank_time_of(vcpu: &mut [u8]) {
+    let (count, entries) = places_of_time(vcpu);
+    vcpu[count..count + 4].fill(0);
+    for value in entries {
+        vcpu[value..value + 8].fill(0);
+    }
+}
+
+/// Where a vCPU's record has the LAPIC's current count; and where each value of the TSC, IA32_TSC first, that at the
+/// clock's instant last.
+fn places_of_time(vcpu: &[u8]) -> (usize, Vec<usize>) {
+    let mut lapic_count = 0;
     let word = |bytes: &[u8], at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
     let mut at = 4;
     at += 4 + 28 * word(vcpu, at);
@@ -187,18 +272,17 @@ fn blank_time_of(vcpu: &mut [u8]) {
     ] {
         let (start, len) = (at + 4, word(vcpu, at));
         if field == "lapic" {
-            vcpu[start + 0x390..start + 0x394].fill(0);
+            lapic_count = start + 0x390;
         }
         at = start + len;
     }
     let count = word(vcpu, at);
     at += 4;
-    for msr in 0..count {
-        let entry = at + msr * 12;
-        if [0x10, 0x6e0].contains(&word(vcpu, entry)) {
-            vcpu[entry + 4..entry + 12].fill(0);
-        }
-    }
+    let entries = (0..count).map(|msr| at + msr * 12);
+    let of_time = entries.filter(|entry| [0x10, 0x6e0].contains(&word(vcpu, *entry)));
+    let mut values: Vec<usize> = of_time.map(|entry| entry + 4).collect();
+    values.push(vcpu.len() - 8);
+    (lapic_count, values)
 }
 
 fn same_but_for_time(machine: &Machine) {

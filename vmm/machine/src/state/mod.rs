@@ -7,7 +7,7 @@
 //! | `clock` | 1 | `kvm_clock_data` |
 //! | `irqchip/pic0`, `irqchip/pic1`, `irqchip/ioapic` | 1 | `kvm_irqchip` |
 //! | `pit/0` | 1 | `kvm_pit_state2` |
-//! | `vcpu/N` | 1 | see [`vcpu`] |
+//! | `vcpu/N` | 2 | see [`vcpu`] |
 //! | `serial/0`, `exit/0`, … | theirs | see `umbra-devices` |
 //!
 //! Structures of KVM's interface are kept as the bytes the kernel reads and writes: that layout is promised for ever
@@ -22,7 +22,7 @@
 //! *Restoring*: interrupt controllers and PIT, then the clock, then each vCPU: `mp_state`, general registers, special
 //! registers (they carry EFER and the APIC base), XCRs before XSAVE (which they permit), debug registers, LAPIC after the
 //! APIC base, MSRs after the LAPIC (`TSC_DEADLINE` is refused while the LAPIC timer is in another mode, and so comes last
-//! of all), events at the end.
+//! of all; it is a value of the TSC, which goes on before: see [`time`]), events at the end.
 //!
 //! Nothing is applied before everything is decoded, every expected record was found and none is left over.
 //!
@@ -30,11 +30,12 @@
 //!
 //! Time goes on while a guest is paused. A record saved, restored and saved again is the same bytes except for:
 //! `clock` (the clock itself, `realtime`, `host_tsc`), `pit/0` (`count_load_time` of each channel), and in `vcpu/N` the
-//! MSRs `IA32_TSC` and `IA32_TSC_DEADLINE`'s remainder, and the LAPIC's current count register.
+//! MSRs `IA32_TSC` and `IA32_TSC_DEADLINE`'s remainder, the TSC at the clock's instant, and the LAPIC's current count.
 
 pub(crate) mod describe;
 pub(crate) mod platform;
 pub(crate) mod restart;
+pub(crate) mod time;
 pub(crate) mod uapi;
 pub(crate) mod vcpu;
 

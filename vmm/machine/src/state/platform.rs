@@ -8,6 +8,7 @@ use kvm_ioctls::{Cap, VmFd};
 use umbra_core::guest::StateRecord;
 
 use super::Incoming;
+use super::time::Reading;
 use super::uapi::{Uapi, bytes_of, from_bytes};
 use crate::error::Error;
 
@@ -27,8 +28,14 @@ pub(crate) struct Platform {
     clock: kvm_clock_data,
 }
 
-/// Save it, of a VM whose vCPUs have all stopped.
-pub(crate) fn save(vm: &VmFd) -> Result<Vec<StateRecord>, Error> {
+/// Read the clocks.
+pub(crate) fn clocks(vm: &VmFd) -> Result<Reading, Error> {
+    let clock = vm.get_clock().map_err(Error::kvm("read the clock"))?;
+    Ok(Reading::of(&clock))
+}
+
+/// Save it, of a VM whose vCPUs have all stopped; with the clocks as they were read.
+pub(crate) fn save(vm: &VmFd) -> Result<(Vec<StateRecord>, Reading), Error> {
     let mut records = Vec::with_capacity(IRQCHIPS.len() + 2);
     let clock = vm.get_clock().map_err(Error::kvm("read the clock"))?;
     records.push(record(CLOCK, &clock));
@@ -43,7 +50,7 @@ pub(crate) fn save(vm: &VmFd) -> Result<Vec<StateRecord>, Error> {
     }
     let pit = vm.get_pit2().map_err(Error::kvm("read the PIT"))?;
     records.push(record(PIT, &pit));
-    Ok(records)
+    Ok((records, Reading::of(&clock)))
 }
 
 impl Platform {
@@ -67,7 +74,7 @@ impl Platform {
 
     /// What `vm` has now.
     pub(crate) fn of(vm: &VmFd) -> Result<Self, Error> {
-        let records = save(vm)?;
+        let (records, _) = save(vm)?;
         Self::decode(&mut Incoming::new(&records))
     }
 
@@ -80,8 +87,14 @@ impl Platform {
         vm.set_pit2(&self.pit).map_err(Error::kvm("reset the PIT"))
     }
 
-    /// Take it on. What time passed since it was saved is added to the guest's clock, if both hosts can tell.
-    pub(crate) fn apply(&self, vm: &VmFd) -> Result<(), Error> {
+    /// The clocks when it was saved.
+    pub(crate) fn clocks(&self) -> Reading {
+        Reading::of(&self.clock)
+    }
+
+    /// Take it on, and read the clocks as they are then. What time passed since it was saved is added to the guest's
+    /// clock, if both hosts can tell.
+    pub(crate) fn apply(&self, vm: &VmFd) -> Result<Reading, Error> {
         for chip in &self.irqchips {
             vm.set_irqchip(chip)
                 .map_err(Error::kvm("restore an interrupt controller"))?;
@@ -92,7 +105,8 @@ impl Platform {
         let known = u32::try_from(vm.check_extension_int(Cap::AdjustClock)).unwrap_or(0);
         let flags = known & self.clock.flags & KVM_CLOCK_REALTIME;
         let clock = kvm_clock_data { flags, ..self.clock };
-        vm.set_clock(&clock).map_err(Error::kvm("restore the clock"))
+        vm.set_clock(&clock).map_err(Error::kvm("restore the clock"))?;
+        clocks(vm)
     }
 }
 

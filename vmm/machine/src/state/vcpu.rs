@@ -1,6 +1,6 @@
 //! The state of one vCPU.
 //!
-//! Version 1, all integers little-endian, `bytes` being a `u32` length and as many bytes:
+//! Version 2, all integers little-endian, `bytes` being a `u32` length and as many bytes:
 //!
 //! | field | layout |
 //! |---|---|
@@ -9,6 +9,7 @@
 //! | `mp_state`, `regs`, `sregs`, `xcrs`, `debugregs`, `lapic`, `vcpu_events` | `bytes` each: KVM's structure |
 //! | XSAVE area | `bytes`: 4096, or what the features need |
 //! | MSRs | `u32` count; per MSR its number `u32` and value `u64` |
+//! | TSC at the instant of the record `clock` | `u8`: 1 if it is known, else 0; the value `u64` |
 //!
 //! The CPUID table is the one KVM reports, not the one it was given: KVM keeps some bits of it up to date, and on some
 //! hosts adds features of its own.
@@ -23,15 +24,17 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use umbra_core::guest::StateRecord;
 use umbra_units::{Gpa, Malformed, Pfn, Reader, Writer};
 
+use super::time::{HostTsc, Rate, Reading, Tsc, TscPlaced, is_same_khz};
 use super::uapi::{bytes_of, read};
 use crate::cpu::Cpuid;
 use crate::error::Error;
+use crate::ioctls::{set_tsc_offset, tsc_offset};
 use crate::limits;
 use crate::vcpu::Vcpu;
 
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
-const IA32_TSC: u32 = 0x10;
+pub(crate) const IA32_TSC: u32 = 0x10;
 const IA32_TSC_ADJUST: u32 = 0x3b;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
 
@@ -70,18 +73,21 @@ pub(crate) struct Host {
     xsave2: bool,
     /// What a vCPU can have here.
     pub(crate) cpuid: Cpuid,
+    tsc: HostTsc,
 }
 
 impl Host {
     /// Find out, with the help of a vCPU that has its CPUID.
-    pub(crate) fn learn(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd, cpuid: Cpuid) -> Result<Self, Error> {
+    pub(crate) fn learn(kvm: &Kvm, vm: &VmFd, vcpu: &VcpuFd, possible: Processor) -> Result<Self, Error> {
         let size = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         let xsave_extra = size.saturating_sub(4096).div_ceil(4);
         Ok(Self {
             msrs: readable_msrs(kvm, vcpu)?,
             xsave_extra,
             xsave2: size > 0,
-            cpuid,
+            // A vCPU that was told nothing else counts as its host does.
+            tsc: HostTsc::new(possible.tsc_khz, possible.cpuid.vendor()),
+            cpuid: possible.cpuid,
         })
     }
 
@@ -191,6 +197,8 @@ pub(crate) struct VcpuState {
     /// Little-endian words.
     xsave: Vec<u32>,
     msrs: Vec<kvm_msr_entry>,
+    /// At the instant of the clock record.
+    tsc: Option<u64>,
 }
 
 pub(crate) fn kind(index: u8) -> String {
@@ -198,8 +206,8 @@ pub(crate) fn kind(index: u8) -> String {
 }
 
 impl VcpuState {
-    /// Read it all from a stopped vCPU. See [`super`] on the order.
-    pub(crate) fn of(vcpu: &Vcpu, host: &Host) -> Result<Self, Error> {
+    /// Read it all from a stopped vCPU, the clocks having been read just before. See [`super`] on the order.
+    pub(crate) fn of(vcpu: &Vcpu, host: &Host, clocks: &Reading) -> Result<Self, Error> {
         let Processor { tsc_khz, cpuid } = vcpu.processor.clone();
         let vcpu = &vcpu.fd;
         let mp_state = vcpu.get_mp_state().map_err(Error::kvm("read a vCPU's run state"))?;
@@ -210,6 +218,13 @@ impl VcpuState {
         let debugregs = vcpu.get_debug_regs().map_err(Error::kvm("read debug registers"))?;
         let lapic = vcpu.get_lapic().map_err(Error::kvm("read a LAPIC"))?;
         let msrs = save_msrs(vcpu, &host.msrs)?;
+        let rate = Rate {
+            guest_khz: tsc_khz,
+            host: host.tsc,
+        };
+        let told = tsc_offset(vcpu).and_then(|offset| clocks.guest_tsc(offset, rate));
+        let found = msrs.iter().find(|msr| msr.index == IA32_TSC).map(|msr| msr.data);
+        let tsc = Tsc::at_the_clock(told, found, tsc_khz);
         let events = vcpu.get_vcpu_events().map_err(Error::kvm("read pending events"))?;
         Ok(Self {
             tsc_khz,
@@ -223,11 +238,19 @@ impl VcpuState {
             events,
             xsave,
             msrs,
+            tsc,
         })
     }
 
-    /// Write it all to a stopped vCPU. See [`super`] on the order.
-    pub(crate) fn apply(&self, vcpu: &mut Vcpu, host: &Host) -> Result<(), Error> {
+    /// Write it all to a stopped vCPU; `then` and `now` are the clocks when it was saved and when they were set here. Says
+    /// how its TSC went on. See [`super`] on the order.
+    pub(crate) fn apply(
+        &self,
+        vcpu: &mut Vcpu,
+        host: &Host,
+        then: &Reading,
+        now: &Reading,
+    ) -> Result<TscPlaced, Error> {
         vcpu.processor.become_like(
             &Processor {
                 tsc_khz: self.tsc_khz,
@@ -235,7 +258,35 @@ impl VcpuState {
             },
             &vcpu.fd,
         )?;
-        self.put(&vcpu.fd, host)
+        let rate = Rate {
+            guest_khz: vcpu.processor.tsc_khz,
+            host: host.tsc,
+        };
+        let mut msrs = self.msrs.clone();
+        let placed = match self.tsc() {
+            None => TscPlaced::AsSaved,
+            Some(tsc) => {
+                let offset = now.tsc_offset(tsc, then, rate);
+                if offset.is_some_and(|offset| set_tsc_offset(&vcpu.fd, offset)) {
+                    // Written now, its value would only set it back.
+                    msrs.retain(|msr| msr.index != IA32_TSC);
+                    TscPlaced::Offset
+                } else {
+                    for msr in msrs.iter_mut().filter(|msr| msr.index == IA32_TSC) {
+                        msr.data = tsc.due(then, now);
+                    }
+                    TscPlaced::Value
+                }
+            }
+        };
+        self.write(&vcpu.fd, host, &msrs)?;
+        Ok(placed)
+    }
+
+    /// Its TSC at the instant of the clock record, if that is known.
+    pub(crate) fn tsc(&self) -> Option<Tsc> {
+        let khz = self.tsc_khz;
+        self.tsc.map(|value| Tsc { value, khz })
     }
 
     /// Leave out the time-stamp counter: what is left, given to the vCPU it came from, resets all but its clock. The
@@ -243,11 +294,16 @@ impl VcpuState {
     pub(crate) fn without_counter(mut self) -> Self {
         self.msrs
             .retain(|msr| ![IA32_TSC, IA32_TSC_ADJUST].contains(&msr.index));
+        self.tsc = None;
         self
     }
 
     /// Write everything but what the processor is, which stays.
     pub(crate) fn put(&self, vcpu: &VcpuFd, host: &Host) -> Result<(), Error> {
+        self.write(vcpu, host, &self.msrs)
+    }
+
+    fn write(&self, vcpu: &VcpuFd, host: &Host, msrs: &[kvm_msr_entry]) -> Result<(), Error> {
         vcpu.set_mp_state(self.mp_state)
             .map_err(Error::kvm("restore a vCPU's run state"))?;
         vcpu.set_regs(&self.regs).map_err(Error::kvm("restore registers"))?;
@@ -259,7 +315,7 @@ impl VcpuState {
         vcpu.set_debug_regs(&self.debugregs)
             .map_err(Error::kvm("restore debug registers"))?;
         vcpu.set_lapic(&self.lapic).map_err(Error::kvm("restore a LAPIC"))?;
-        self.write_msrs(vcpu)?;
+        write_msrs(vcpu, msrs)?;
         vcpu.set_vcpu_events(&self.events)
             .map_err(Error::kvm("restore pending events"))
     }
@@ -320,6 +376,7 @@ impl VcpuState {
         for msr in &self.msrs {
             w.u32(msr.index).u64(msr.data);
         }
+        w.u8(u8::from(self.tsc.is_some())).u64(self.tsc.unwrap_or(0));
         StateRecord {
             kind: kind(index),
             version: VERSION,
@@ -356,6 +413,11 @@ impl VcpuState {
                 })
             })
             .collect::<Result<_, Malformed>>()?;
+        let tsc = match (r.u8("TSC")?, r.u64("TSC")?) {
+            (0, _) => None,
+            (1, tsc) => Some(tsc),
+            _ => return Err(r.malformed("TSC")),
+        };
         r.finish("end of vCPU state")?;
         Ok(Self {
             tsc_khz,
@@ -369,31 +431,32 @@ impl VcpuState {
             events,
             xsave,
             msrs,
+            tsc,
         })
     }
+}
 
-    /// All in one call; where KVM stops, that one is skipped with a warning. An MSR this host cannot set is, for all we
-    /// know, one this guest does not use: what it does use and cannot have was refused by CPUID.
-    fn write_msrs(&self, vcpu: &VcpuFd) -> Result<(), Error> {
-        let mut rest = &self.msrs[..];
-        while !rest.is_empty() {
-            let msrs = Msrs::from_entries(rest).expect("decode keeps within limits::MSRS");
-            let written = vcpu
-                .set_msrs(&msrs)
-                .map_err(Error::kvm("restore MSRs"))?
-                .min(rest.len());
-            rest = &rest[written..];
-            if let Some((refused, others)) = rest.split_first() {
-                tracing::warn!(
-                    msr = format_args!("{:#x}", refused.index),
-                    value = format_args!("{:#x}", refused.data),
-                    "this host does not take the value of an MSR"
-                );
-                rest = others;
-            }
+/// All in one call; where KVM stops, that one is skipped with a warning. An MSR this host cannot set is, for all we
+/// know, one this guest does not use: what it does use and cannot have was refused by CPUID.
+fn write_msrs(vcpu: &VcpuFd, msrs: &[kvm_msr_entry]) -> Result<(), Error> {
+    let mut rest = msrs;
+    while !rest.is_empty() {
+        let msrs = Msrs::from_entries(rest).expect("decode keeps within limits::MSRS");
+        let written = vcpu
+            .set_msrs(&msrs)
+            .map_err(Error::kvm("restore MSRs"))?
+            .min(rest.len());
+        rest = &rest[written..];
+        if let Some((refused, others)) = rest.split_first() {
+            tracing::warn!(
+                msr = format_args!("{:#x}", refused.index),
+                value = format_args!("{:#x}", refused.data),
+                "this host does not take the value of an MSR"
+            );
+            rest = others;
         }
-        Ok(())
     }
+    Ok(())
 }
 
 /// 32-bit words of the fixed part of an XSAVE area.
@@ -491,10 +554,7 @@ fn set_tsc_khz(vcpu: &VcpuFd, wanted: u32, here: u32) -> Result<(), Error> {
     if vcpu.set_tsc_khz(wanted).is_ok() {
         return Ok(());
     }
-    // KVM itself takes frequencies this close for the same (its parameter tsc_tolerance_ppm): two hosts of one model
-    // differ by as much, and a guest's own clock discipline absorbs it.
-    let tolerated = u64::from(here) * 250 / 1_000_000;
-    if u64::from(wanted.abs_diff(here)) <= tolerated {
+    if is_same_khz(wanted, here) {
         return Ok(());
     }
     Err(Error::Incompatible(format!(
