@@ -1,4 +1,4 @@
-//! Where KVM could not emulate an instruction: one vCPU's registers and memory, for [`emulate`](crate::emulate).
+//! Where KVM could not emulate an instruction: one vCPU's registers and memory, for [`emulate`](mod@emulate).
 //!
 //! Reached from `KVM_EXIT_INTERNAL_ERROR` alone. The instruction's bytes come with that exit; where an older kernel gives
 //! fewer than it needs, they are read from memory.
