@@ -75,6 +75,10 @@ pub(crate) enum Command {
     PowerButton(TargetArgs),
     /// Boot the guest again, whatever it does, as its reset button would
     Reboot(TargetArgs),
+    /// Ask the guest to leave memory to its balloon, or take some back
+    Resize(ResizeArgs),
+    /// Print what the guest's vCPUs have done, as JSON
+    Counters(TargetArgs),
     /// End the guest and its process
     Stop(TargetArgs),
     /// Follow what happens, one JSON object per line
@@ -424,6 +428,16 @@ pub(crate) struct StatusArgs {
     /// Again and again, until the process ends or Ctrl-C
     #[arg(long)]
     pub(crate) watch: bool,
+}
+
+/// `umbra resize`.
+#[derive(Debug, Args)]
+pub(crate) struct ResizeArgs {
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+    /// How much of its memory the guest is to leave to the balloon
+    #[arg(long, value_name = "SIZE", value_parser = |text: &str| units::size("balloon", text))]
+    pub(crate) balloon: Bytes,
 }
 
 /// `umbra resume`.

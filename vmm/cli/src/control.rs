@@ -6,10 +6,10 @@ use serde_json::Value;
 
 use crate::api::client::{Client, EventStream};
 use crate::api::types::{
-    Accepted, Event, Job, JobState, MigrateRequest, ProtectRequest, ResumeRequest, Role, SnapshotKind, SnapshotRequest,
-    Status, SwitchoverReport, ms,
+    Accepted, Counters, Event, Job, JobState, MigrateRequest, ProtectRequest, ResizeRequest, ResumeRequest, Role,
+    SnapshotKind, SnapshotRequest, Status, SwitchoverReport, ms,
 };
-use crate::args::{MigrateArgs, ProtectArgs, ResumeArgs, SnapshotArgs, StatusArgs, TargetArgs};
+use crate::args::{MigrateArgs, ProtectArgs, ResizeArgs, ResumeArgs, SnapshotArgs, StatusArgs, TargetArgs};
 use crate::exit::{Code, Failure};
 use crate::limits;
 use crate::process;
@@ -40,6 +40,25 @@ pub(crate) fn resume(args: &ResumeArgs) -> Result<Code, Failure> {
         peer_is_dead: args.peer_is_dead,
     };
     process::small_runtime()?.block_on(client.put("resume", &request))?;
+    Ok(Code::Success)
+}
+
+/// `umbra resize`.
+pub(crate) fn resize(args: &ResizeArgs) -> Result<Code, Failure> {
+    let client = Client::new(&args.target.api_socket);
+    let request = ResizeRequest {
+        balloon_bytes: args.balloon.0,
+    };
+    process::small_runtime()?.block_on(client.put("resize", &request))?;
+    Ok(Code::Success)
+}
+
+/// `umbra counters`.
+pub(crate) fn counters(target: &TargetArgs) -> Result<Code, Failure> {
+    let client = Client::new(&target.api_socket);
+    let counters: Counters = process::small_runtime()?.block_on(client.get("counters"))?;
+    let text = serde_json::to_string_pretty(&counters).map_err(Failure::failed)?;
+    say::line(text);
     Ok(Code::Success)
 }
 

@@ -104,6 +104,8 @@ fn dispatch(command: &Command) -> Result<Code, Failure> {
         Command::Resume(args) => control::resume(args),
         Command::PowerButton(args) => control::simple(args, "power-button"),
         Command::Reboot(args) => control::simple(args, "reboot"),
+        Command::Resize(args) => control::resize(args),
+        Command::Counters(args) => control::counters(args),
         Command::Stop(args) => control::simple(args, "stop"),
         Command::Events(args) => control::events(args),
         Command::Identity(command) => identity::identity(command),

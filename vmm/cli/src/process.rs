@@ -1,5 +1,6 @@
 //! The life of a process that is, or becomes, a guest's VMM: what `run` and `shadow` have in common.
 
+use std::collections::BTreeMap;
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Weak};
 
@@ -7,8 +8,10 @@ use serde_json::json;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use umbra_machine::{ExitReason, Machine, Sinks};
 use umbra_quic::{Identity, Peers};
+use umbra_units::Bytes;
 
 use crate::api::server::Server;
+use crate::api::types::{Counters, VcpuCounters};
 use crate::args::ProcessArgs;
 use crate::console::{Console, ConsoleOut};
 use crate::events::{Events, Teller};
@@ -140,6 +143,22 @@ impl Panel for FrontPanel {
     fn reset(&self) -> Result<(), String> {
         let machine = self.0.upgrade().ok_or("there is no guest here any more")?;
         machine.reset().map_err(|error| error.to_string())
+    }
+
+    fn resize_balloon(&self, size: Bytes) -> Result<(), String> {
+        let machine = self.0.upgrade().ok_or("there is no guest here any more")?;
+        machine.resize_balloon(size).map_err(|error| error.to_string())
+    }
+
+    fn counters(&self) -> Counters {
+        let vcpus = self.0.upgrade().map(|machine| machine.counters().vcpus);
+        let names =
+            |counts: BTreeMap<&'static str, u64>| counts.into_iter().map(|(name, n)| (name.to_owned(), n)).collect();
+        let vcpus = vcpus.unwrap_or_default().into_iter().map(|vcpu| VcpuCounters {
+            exits: names(vcpu.exits),
+            emulated: names(vcpu.emulated),
+        });
+        Counters { vcpus: vcpus.collect() }
     }
 }
 

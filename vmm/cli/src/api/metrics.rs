@@ -2,10 +2,10 @@
 
 use core::fmt::{Display, Write};
 
-use crate::api::types::{GuestState, Role, Status};
+use crate::api::types::{Counters, GuestState, Role, Status};
 
 /// The text of `GET /api/v1/metrics`.
-pub(crate) fn text(status: &Status) -> String {
+pub(crate) fn text(status: &Status, counters: &Counters) -> String {
     let mut page = Page(String::new());
     page.one("umbra_uptime_seconds", "counter", status.uptime_ms / 1e3);
     page.head("umbra_role", "gauge");
@@ -54,10 +54,36 @@ pub(crate) fn text(status: &Status) -> String {
     if !status.paths.is_empty() {
         page.paths(status);
     }
+    page.vcpus(counters);
     page.0
 }
 
 struct Page(String);
+
+impl Page {
+    fn vcpus(&mut self, counters: &Counters) {
+        if counters.vcpus.is_empty() {
+            return;
+        }
+        self.head("umbra_vcpu_exits_total", "counter");
+        for (n, vcpu) in counters.vcpus.iter().enumerate() {
+            for (kind, count) in &vcpu.exits {
+                self.line(
+                    "umbra_vcpu_exits_total",
+                    &format!("vcpu=\"{n}\",kind=\"{kind}\""),
+                    count,
+                );
+            }
+        }
+        self.head("umbra_vcpu_emulated_total", "counter");
+        for (n, vcpu) in counters.vcpus.iter().enumerate() {
+            for (name, count) in &vcpu.emulated {
+                let labels = format!("vcpu=\"{n}\",instruction=\"{name}\"");
+                self.line("umbra_vcpu_emulated_total", &labels, count);
+            }
+        }
+    }
+}
 
 impl Page {
     fn head(&mut self, name: &str, kind: &str) {
@@ -114,7 +140,7 @@ mod tests {
 
     #[test]
     fn every_number_has_a_type_and_a_unit_in_its_name() {
-        let text = text(&source());
+        let text = text(&source(), &Counters::default());
         for line in text.lines().filter(|line| !line.starts_with('#')) {
             let (name, value) = line.rsplit_once(' ').unwrap();
             let name = name.split('{').next().unwrap();

@@ -7,6 +7,8 @@
 //! | `GET` | `/api/v1/jobs/last` | [`types::Job`], 404 before the first |
 //! | `GET` | `/api/v1/events` | one [`types::Event`] per line, until the process ends |
 //! | `GET` | `/api/v1/metrics` | Prometheus text |
+//! | `GET` | `/api/v1/counters` | [`types::Counters`] |
+//! | `PUT` | `/api/v1/resize` | [`types::ResizeRequest`]; 204 when the guest was asked |
 //! | `GET` | `/api/v1/openapi.json` | all of this, for programs; `docs/openapi.json` is the same |
 //! | `PUT` | `/api/v1/pause`, `resume`, `power-button`, `reboot`, `stop`, `unprotect`, `cancel` | 204 |
 //! | `PUT` | `/api/v1/protect` | [`types::ProtectRequest`]; 204 when the shadow has answered |

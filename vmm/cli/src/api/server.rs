@@ -24,7 +24,8 @@ use utoipa_axum::routes;
 
 use crate::api::metrics;
 use crate::api::types::{
-    Accepted, ErrorAnswer, Event, Job, MigrateRequest, Ping, ProtectRequest, ResumeRequest, SnapshotRequest, Status,
+    Accepted, Counters, ErrorAnswer, Event, Job, MigrateRequest, Ping, ProtectRequest, ResizeRequest, ResumeRequest,
+    SnapshotRequest, Status,
 };
 use crate::events;
 use crate::limits;
@@ -89,6 +90,8 @@ fn api() -> OpenApiRouter<Arc<Vm>> {
         .routes(routes!(show_metrics))
         .routes(routes!(pause))
         .routes(routes!(resume))
+        .routes(routes!(counters))
+        .routes(routes!(resize))
         .routes(routes!(power_button))
         .routes(routes!(reboot))
         .routes(routes!(stop))
@@ -155,7 +158,7 @@ async fn stream(State(vm): State<Arc<Vm>>) -> Response {
 /// The status as Prometheus text.
 #[utoipa::path(get, path = "/metrics", responses((status = OK, body = String, content_type = "text/plain")))]
 async fn show_metrics(State(vm): State<Arc<Vm>>) -> Response {
-    let text = metrics::text(&vm.status().await);
+    let text = metrics::text(&vm.status().await, &vm.counters().unwrap_or_default());
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
@@ -169,6 +172,24 @@ async fn pause(State(vm): State<Arc<Vm>>) -> Response {
 #[utoipa::path(put, path = "/resume", request_body = Option<ResumeRequest>, responses(Done))]
 async fn resume(State(vm): State<Arc<Vm>>, body: Wish<ResumeRequest>) -> Response {
     done(vm.resume(body.0.peer_is_dead).await)
+}
+
+/// What the guest's vCPUs have done.
+#[utoipa::path(get, path = "/counters", responses(
+    (status = OK, body = Counters),
+    (status = CONFLICT, description = "The guest is not here", body = ErrorAnswer),
+))]
+async fn counters(State(vm): State<Arc<Vm>>) -> Response {
+    match vm.counters() {
+        Ok(counters) => json(StatusCode::OK, &counters),
+        Err(denied) => deny(&denied),
+    }
+}
+
+/// Ask the guest to leave memory to its balloon, or take some back.
+#[utoipa::path(put, path = "/resize", request_body = ResizeRequest, responses(Done))]
+async fn resize(State(vm): State<Arc<Vm>>, body: Wish<ResizeRequest>) -> Response {
+    done(vm.resize(body.0).await)
 }
 
 /// Press the guest's power button: it is asked to shut down in its own order.

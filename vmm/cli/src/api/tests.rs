@@ -16,7 +16,10 @@ use umbra_units::{Bytes, PageCount, PageId, Pfn, SpaceId};
 use super::client::{Client, EventStream};
 use super::openapi;
 use super::server::Server;
-use super::types::{Accepted, Event, GuestState, Job, JobKind, JobState, ProtectRequest, Role, SnapshotKind, Status};
+use super::types::{
+    Accepted, Counters, Event, GuestState, Job, JobKind, JobState, ProtectRequest, Role, SnapshotKind, Status,
+    VcpuCounters,
+};
 use crate::events::Events;
 use crate::exit::{Code, Failure};
 use crate::limits;
@@ -229,6 +232,21 @@ impl crate::vm::Panel for Buttons {
 
     fn reset(&self) -> Result<(), String> {
         Err("no kernel".to_owned())
+    }
+
+    fn resize_balloon(&self, size: Bytes) -> Result<(), String> {
+        if size == Bytes::mib(1) {
+            return Ok(());
+        }
+        Err("the guest has no balloon".to_owned())
+    }
+
+    fn counters(&self) -> Counters {
+        let vcpu = VcpuCounters {
+            exits: [("mmio_read".to_owned(), 7)].into(),
+            emulated: [("stac".to_owned(), 3)].into(),
+        };
+        Counters { vcpus: vec![vcpu] }
     }
 }
 
@@ -524,6 +542,33 @@ async fn the_buttons_of_a_guest_are_pressed_and_what_comes_of_it_is_told() {
     assert_eq!(
         source.put("reboot", json!({})).await.unwrap_err().to_string(),
         "no kernel"
+    );
+    source.put("resize", json!({ "balloon_bytes": 1 << 20 })).await.unwrap();
+    for (bytes, why) in [
+        (2 << 20, "the guest has no balloon"),
+        (
+            4 << 20,
+            "balloon_bytes: expected less than the guest's memory of 4.0 MiB, got 4.0 MiB",
+        ),
+    ] {
+        let refused = source
+            .put("resize", json!({ "balloon_bytes": bytes }))
+            .await
+            .unwrap_err();
+        assert_eq!(refused.text, why);
+    }
+    source.assert_described("counters").await;
+    let counters: Counters = source.client.get("counters").await.unwrap();
+    assert_eq!(counters.vcpus[0].exits["mmio_read"], 7);
+    let metrics = source.client.get_bytes("metrics").await.unwrap();
+    let metrics = String::from_utf8(metrics.to_vec()).unwrap();
+    assert!(
+        metrics.contains("umbra_vcpu_exits_total{vcpu=\"0\",kind=\"mmio_read\"} 7\n"),
+        "{metrics}"
+    );
+    assert!(
+        metrics.contains("umbra_vcpu_emulated_total{vcpu=\"0\",instruction=\"stac\"} 3\n"),
+        "{metrics}"
     );
 }
 

@@ -4,6 +4,7 @@
 //! A field that does not apply is `null`, never missing.
 
 use core::time::Duration;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -530,6 +531,30 @@ pub(crate) struct Accepted {
 pub(crate) struct ResumeRequest {
     /// The operator vouches that the other host is dead and will not run the guest.
     pub(crate) peer_is_dead: bool,
+}
+
+/// `PUT /api/v1/resize`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ResizeRequest {
+    /// How much of its memory the guest is asked to leave to the balloon. It takes its time.
+    pub(crate) balloon_bytes: u64,
+}
+
+/// `GET /api/v1/counters`: since the guest's machine was built here.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Counters {
+    /// One per vCPU.
+    pub(crate) vcpus: Vec<VcpuCounters>,
+}
+
+/// What one vCPU has done.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub(crate) struct VcpuCounters {
+    /// How often it left the guest, by what for.
+    pub(crate) exits: BTreeMap<String, u64>,
+    /// Instructions that KVM could not emulate and this program did, on hosts that virtualise in software.
+    pub(crate) emulated: BTreeMap<String, u64>,
 }
 
 /// Any answer of 400 and above.

@@ -43,7 +43,10 @@ use umbra_quic::{ConnectConfig, Fingerprint, Identity, PathSpec};
 use umbra_units::{Bytes, GuestId, SessionId, Term};
 
 use self::request::Wanted;
-use crate::api::types::{Job, JobKind, JobState, MigrateRequest, ProtectRequest, SnapshotReport, SwitchoverReport, ms};
+use crate::api::types::{
+    Counters, Job, JobKind, JobState, MigrateRequest, ProtectRequest, ResizeRequest, SnapshotReport, SwitchoverReport,
+    ms,
+};
 use crate::events::{Events, Teller, word};
 use crate::exit::Failure;
 use crate::limits;
@@ -113,12 +116,16 @@ pub(crate) struct Resident {
     pub(crate) panel: Arc<dyn Panel>,
 }
 
-/// The buttons of a guest's machine, which no plugin need have.
+/// The buttons and dials of a guest's machine, which no plugin need have.
 pub(crate) trait Panel: Send + Sync {
     /// Press the power button; says whether the guest listens.
     fn power_button(&self) -> bool;
     /// Pull the reset line.
     fn reset(&self) -> Result<(), String>;
+    /// Ask the guest to leave this much of its memory to the balloon.
+    fn resize_balloon(&self, size: Bytes) -> Result<(), String>;
+    /// What its vCPUs have done.
+    fn counters(&self) -> Counters;
 }
 
 /// The guest of this process, here or still elsewhere.
@@ -498,6 +505,32 @@ impl Vm {
     pub(crate) async fn reboot(&self) -> Result<(), Denied> {
         let panel = self.panel()?;
         blocking(move || panel.reset()).await?.map_err(Denied::Failed)
+    }
+
+    /// Ask the guest to leave memory to the host, or give it back.
+    pub(crate) async fn resize(&self, request: ResizeRequest) -> Result<(), Denied> {
+        let (panel, size) = {
+            let state = self.state();
+            let here = state.here()?;
+            state.not_switching()?;
+            let (size, memory) = (Bytes(request.balloon_bytes), here.resident.memory);
+            if size >= memory {
+                return Err(Denied::Malformed(format!(
+                    "balloon_bytes: expected less than the guest's memory of {memory}, got {size}"
+                )));
+            }
+            (Arc::clone(&here.resident.panel), size)
+        };
+        blocking(move || panel.resize_balloon(size))
+            .await?
+            .map_err(Denied::Refused)
+    }
+
+    /// What the vCPUs of a guest that is here have done since its machine was built.
+    pub(crate) fn counters(&self) -> Result<Counters, Denied> {
+        let state = self.state();
+        let here = state.here()?;
+        Ok(here.resident.panel.counters())
     }
 
     fn panel(&self) -> Result<Arc<dyn Panel>, Denied> {
