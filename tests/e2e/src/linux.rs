@@ -22,6 +22,8 @@ pub struct LinuxGuest {
     pub words: String,
     /// Whether busybox is there.
     pub tools: bool,
+    /// Whether the kernel comes packed, as distributions have it.
+    pub bzimage: bool,
 }
 
 impl LinuxGuest {
@@ -32,7 +34,15 @@ impl LinuxGuest {
             memory_mib: 64,
             words: format!("umbra.jobs={jobs}"),
             tools: false,
+            bzimage: false,
         }
+    }
+
+    /// The same from a packed kernel.
+    #[must_use]
+    pub const fn from_bzimage(mut self) -> Self {
+        self.bzimage = true;
+        self
     }
 
     /// The same with so many vCPUs.
@@ -69,7 +79,11 @@ pub struct Linux {
 impl Host {
     /// `umbra run` of this Linux, with more arguments.
     pub fn launch_linux(&self, guest: &LinuxGuest, more: &[&str]) -> Result<Linux> {
-        let kernel = made("UMBRA_LINUX_KERNEL")?;
+        let kernel = made(if guest.bzimage {
+            "UMBRA_LINUX_BZIMAGE"
+        } else {
+            "UMBRA_LINUX_KERNEL"
+        })?;
         let initrd = made(if guest.tools {
             "UMBRA_LINUX_INITRD_TOOLS"
         } else {

@@ -13,6 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::json;
 use umbra_e2e::lan::Lan;
 use umbra_e2e::{Console, Guest, Host, Move, PATIENCE, Vm, World, story};
 
@@ -106,6 +107,30 @@ fn a_disk_agrees_with_its_guest_across_twenty_moves() {
             "write {told} was durable, and the image is consistent up to {found}"
         );
         Ok(())
+    });
+}
+
+#[test]
+fn a_guest_restored_from_a_snapshot_under_load_agrees_with_a_disk_copied_at_the_cut() {
+    story(|world| {
+        let here = world.host("here")?;
+        let image = image(world)?;
+        let mut vm = here.launch_with(&disk_guest("depth=32"), &["--disk", &disk(&image)])?;
+        disk_goes_on(&mut vm, 200)?;
+        let folder = world.fresh_path("snapshots");
+        std::fs::create_dir(&folder)?;
+        let folder = folder.join("a");
+        // Requests are under way when the guest is stopped; it stays stopped while the image is copied.
+        vm.keep(&folder, &json!({ "pause": true, "verify": "full" }))?;
+        let copy = world.fresh_path("copy");
+        std::fs::copy(&image, &copy)?;
+        vm.process.put("resume", &json!(null))?;
+        // What it writes after the cut the restored guest must not see, and would notice.
+        disk_goes_on(&mut vm, 2_000)?;
+        vm.process.kill()?;
+        let mut vm = here.restore(&folder, &["--disk", &disk(&copy)])?;
+        disk_goes_on(&mut vm, IMAGE_BYTES / 4096)?;
+        vm.stop()
     });
 }
 

@@ -5,9 +5,10 @@ use std::net::TcpStream;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::json;
 use umbra_e2e::lan::Lan;
 use umbra_e2e::linux::LinuxGuest;
-use umbra_e2e::{Move, story};
+use umbra_e2e::{Move, named, story};
 
 /// One client of the service that answers each line `LINE` by `N LINE`, where N counts them.
 struct Client {
@@ -111,5 +112,44 @@ fn all_eight_vcpus_of_a_linux_are_there_after_a_move() {
             linux.says("cpus=8 steps=")?;
         }
         linux.vm.stop()
+    });
+}
+
+#[test]
+fn a_linux_boots_again_when_it_is_reset_and_powers_off_when_its_button_is_pressed() {
+    story(|world| {
+        let mut linux = world.host("here")?.launch_linux(&LinuxGuest::doing("check"), &[])?;
+        linux.says("umbra-linux: ready")?;
+        linux.says("tick ")?;
+        linux.vm.process.put("reboot", &json!(null))?;
+        linux.vm.process.until("the guest boots again", named("rebooted"))?;
+        linux.from_now_on();
+        linux.says("umbra-linux: init")?;
+        linux.says("tick ")?;
+        linux.vm.process.put("power-button", &json!(null))?;
+        linux.says("umbra-linux: end: power button")?;
+        linux.says("umbra-linux: power off")?;
+        ensure!(
+            linux.vm.process.end()? == Some(0),
+            "a guest that powers off ends its process well"
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn a_bzimage_boots_too_and_a_linux_restarts_itself() {
+    story(|world| {
+        let here = world.host("here")?;
+        let guest = LinuxGuest::doing("verify").from_bzimage().with("umbra.end=reboot");
+        // Its one job ends at once, for it has no disk; then it restarts, which ends a process that is not to reboot.
+        let mut linux = here.launch_linux(&guest, &["--no-reboot"])?;
+        linux.says("umbra-linux: init")?;
+        linux.says("umbra-linux: reboot")?;
+        ensure!(
+            linux.vm.process.end()? == Some(0),
+            "a reset that is not followed ends well"
+        );
+        Ok(())
     });
 }
