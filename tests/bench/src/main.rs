@@ -100,6 +100,11 @@ const FAMILIES: &[Family] = &[
         samples: (20, 1),
     },
     Family {
+        names: &["linux_boot"],
+        measure: start::linux,
+        samples: (10, 1),
+    },
+    Family {
         names: &["demo_wall"],
         measure: start::demo,
         samples: (5, 1),

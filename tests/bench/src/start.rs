@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use umbra_e2e::linux::LinuxGuest;
 use umbra_e2e::{Guest, World};
 
 use crate::figure::{Aim, Figure};
@@ -26,6 +27,21 @@ pub(crate) fn launch(samples: usize) -> Result<Vec<Figure>> {
         Figure::new("first_byte", "ms", Aim::AtMost(125.0), first_bytes),
         Figure::new("vmm_overhead", "MiB", Aim::AtMost(5.0), overheads),
     ])
+}
+
+/// `linux_boot`: from the process's start to the first line of a Linux's user space.
+pub(crate) fn linux(samples: usize) -> Result<Vec<Figure>> {
+    let world = World::new()?;
+    let host = world.host("here")?;
+    let mut boots = Vec::new();
+    for _ in 0..samples {
+        let mut linux = host.launch_linux(&LinuxGuest::doing("idle"), &[])?;
+        let init = linux.says("umbra-linux: init")?;
+        ensure!(init.ends_with("init"), "{init}");
+        boots.push(linux.vm.process.began().elapsed().as_secs_f64());
+        linux.vm.stop()?;
+    }
+    Ok(vec![Figure::new("linux_boot", "s", Aim::None, boots)])
 }
 
 /// `demo_wall`: all of `umbra demo`, as a visitor waits for it.

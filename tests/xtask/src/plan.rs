@@ -280,7 +280,8 @@ pub(crate) fn bench(house: &House, args: &[String]) -> Outcome<ExitCode> {
     bench
         .args(args)
         .env("UMBRA_GUEST", image)
-        .env("UMBRA_BIN", release.join("umbra"));
+        .env("UMBRA_BIN", release.join("umbra"))
+        .envs(linux::ready(house)?.environment());
     exit_of(bench)
 }
 
