@@ -2,13 +2,15 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use umbra_e2e::lan::Lan;
-use umbra_e2e::linux::LinuxGuest;
-use umbra_e2e::{Move, named, story};
+use umbra_e2e::linux::{Linux, LinuxGuest};
+use umbra_e2e::{Move, PATIENCE, named, story};
 
 /// One client of the service that answers each line `LINE` by `N LINE`, where N counts them.
 struct Client {
@@ -151,5 +153,78 @@ fn a_bzimage_boots_too_and_a_linux_restarts_itself() {
             "a reset that is not followed ends well"
         );
         Ok(())
+    });
+}
+
+/// A conversation with a port of the guest over its host's UNIX socket.
+fn over_vsock(socket: &Path, port: u16) -> Result<BufReader<UnixStream>> {
+    let mut stream = BufReader::new(UnixStream::connect(socket).context("connect to the guest's socket")?);
+    stream.get_ref().set_read_timeout(Some(PATIENCE))?;
+    writeln!(stream.get_mut(), "CONNECT {port}")?;
+    let mut answer = String::new();
+    stream.read_line(&mut answer)?;
+    ensure!(answer.starts_with("OK "), "the guest's socket answered: {answer}");
+    Ok(stream)
+}
+
+/// How much memory the guest says it has left to its balloon.
+fn in_the_balloon(linux: &Linux) -> Result<u64> {
+    let answer = linux.vm.process.ask("GET", "counters", &json!(null))?;
+    answer.body["balloon_bytes"].as_u64().context("a balloon")
+}
+
+/// Wait until it has left so much; the guest's own ticks are the clock.
+fn leaves(linux: &mut Linux, bytes: u64) -> Result<()> {
+    for _ in 0..200 {
+        linux.says("tick ")?;
+        if in_the_balloon(linux)? == bytes {
+            return Ok(());
+        }
+    }
+    anyhow::bail!("{} bytes in the balloon, {bytes} asked for", in_the_balloon(linux)?)
+}
+
+#[test]
+fn a_linux_speaks_over_vsock_and_leaves_memory_to_its_balloon_here_and_where_it_moves() {
+    story(|world| {
+        let (here, there) = (world.host("here")?, world.host("there")?);
+        let sockets = [world.fresh_path("vsock"), world.fresh_path("vsock")];
+        let vsocks = sockets
+            .each_ref()
+            .map(|socket| format!("cid=3,socket={}", socket.display()));
+        let devices = vsocks
+            .each_ref()
+            .map(|vsock| ["--vsock", vsock, "--balloon", "size=0,free_page_reporting=on"]);
+        let guest = LinuxGuest::doing("check,vsock");
+        let mut linux = here.launch_linux(&guest, &devices[0])?;
+        linux.says("vsock: listening")?;
+        let mut lines = over_vsock(&sockets[0], 2007)?;
+        let mut answer = String::new();
+        writeln!(lines.get_mut(), "before")?;
+        lines.read_line(&mut answer)?;
+        ensure!(answer == "1 before\n", "answered: {answer}");
+
+        linux.vm.process.put("resize", &json!({ "balloon_bytes": 8 << 20 }))?;
+        leaves(&mut linux, 8 << 20)?;
+
+        let shadow = there.shadow_with(&[&here], &devices[1])?;
+        let (mut linux, _) = linux.moves_to(shadow, &Move::verified())?;
+        // The old connection is gone, a new one finds the guest as it was: it counts on.
+        answer.clear();
+        ensure!(
+            matches!(lines.read_line(&mut answer), Ok(0) | Err(_)),
+            "an old connection says: {answer}"
+        );
+        linux.from_now_on();
+        linux.says("tick ")?;
+        let mut lines = over_vsock(&sockets[1], 2007)?;
+        writeln!(lines.get_mut(), "after")?;
+        answer.clear();
+        lines.read_line(&mut answer)?;
+        ensure!(answer == "2 after\n", "answered: {answer}");
+        ensure!(in_the_balloon(&linux)? == 8 << 20, "the balloon moved with its guest");
+        linux.vm.process.put("resize", &json!({ "balloon_bytes": 0 }))?;
+        leaves(&mut linux, 0)?;
+        linux.vm.stop()
     });
 }

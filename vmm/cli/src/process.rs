@@ -151,14 +151,22 @@ impl Panel for FrontPanel {
     }
 
     fn counters(&self) -> Counters {
-        let vcpus = self.0.upgrade().map(|machine| machine.counters().vcpus);
+        let machine = self.0.upgrade();
+        let balloon_bytes = machine
+            .as_ref()
+            .and_then(|machine| machine.balloon())
+            .map(|size| size.0);
+        let vcpus = machine.map(|machine| machine.counters().vcpus);
         let names =
             |counts: BTreeMap<&'static str, u64>| counts.into_iter().map(|(name, n)| (name.to_owned(), n)).collect();
         let vcpus = vcpus.unwrap_or_default().into_iter().map(|vcpu| VcpuCounters {
             exits: names(vcpu.exits),
             emulated: names(vcpu.emulated),
         });
-        Counters { vcpus: vcpus.collect() }
+        Counters {
+            vcpus: vcpus.collect(),
+            balloon_bytes,
+        }
     }
 }
 

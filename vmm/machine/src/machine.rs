@@ -240,6 +240,12 @@ impl Machine {
         }
     }
 
+    /// How much of its memory the guest says it has left to the balloon, if it has one.
+    pub fn balloon(&self) -> Option<Bytes> {
+        let pages = self.board.balloon_pages()?;
+        Some(Bytes(PageCount(pages.into()).bytes()))
+    }
+
     /// Write to guest memory as a device does, recorded for the next harvest.
     pub fn write_memory(&self, at: Gpa, bytes: &[u8]) -> Result<(), Error> {
         self.memory.write(at, bytes)

@@ -55,6 +55,7 @@ pub(crate) fn text(status: &Status, counters: &Counters) -> String {
         page.paths(status);
     }
     page.vcpus(counters);
+    page.some("umbra_balloon_bytes", "gauge", counters.balloon_bytes);
     page.0
 }
 

@@ -246,7 +246,10 @@ impl crate::vm::Panel for Buttons {
             exits: [("mmio_read".to_owned(), 7)].into(),
             emulated: [("stac".to_owned(), 3)].into(),
         };
-        Counters { vcpus: vec![vcpu] }
+        Counters {
+            vcpus: vec![vcpu],
+            balloon_bytes: Some(4096),
+        }
     }
 }
 
@@ -559,7 +562,10 @@ async fn the_buttons_of_a_guest_are_pressed_and_what_comes_of_it_is_told() {
     }
     source.assert_described("counters").await;
     let counters: Counters = source.client.get("counters").await.unwrap();
-    assert_eq!(counters.vcpus[0].exits["mmio_read"], 7);
+    assert_eq!(
+        (counters.vcpus[0].exits["mmio_read"], counters.balloon_bytes),
+        (7, Some(4096))
+    );
     let metrics = source.client.get_bytes("metrics").await.unwrap();
     let metrics = String::from_utf8(metrics.to_vec()).unwrap();
     assert!(

@@ -546,6 +546,8 @@ pub(crate) struct ResizeRequest {
 pub(crate) struct Counters {
     /// One per vCPU.
     pub(crate) vcpus: Vec<VcpuCounters>,
+    /// How much of its memory the guest says it has left to its balloon.
+    pub(crate) balloon_bytes: Option<u64>,
 }
 
 /// What one vCPU has done.

@@ -358,6 +358,13 @@ impl Board {
         true
     }
 
+    /// Pages that the guest says it has left to its balloon, if it has one.
+    pub(crate) fn balloon_pages(&self) -> Option<u32> {
+        let balloon = self.balloon.as_ref()?;
+        let balloon = balloon.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(balloon.device().size().1)
+    }
+
     /// Somebody types on the paravirtual console; says how many bytes there was room for.
     pub(crate) fn virtio_console_input(&self, bytes: &[u8]) -> usize {
         let Some(console) = &self.console else { return 0 };
