@@ -385,6 +385,23 @@ mod tests {
     }
 
     #[test]
+    fn the_examples_that_come_with_the_program_are_understood() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../resources/configs");
+        let mut read_all = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|extension| extension == "toml") {
+                let words = ["umbra", "run", "--config", path.to_str().unwrap()];
+                match read(words.map(OsString::from).into()) {
+                    Ok(Asked::Command(_)) => read_all += 1,
+                    other => panic!("{}: {other:?}", path.display()),
+                }
+            }
+        }
+        assert!(read_all >= 2, "{read_all} examples");
+    }
+
+    #[test]
     fn what_neither_gives_is_asked_for_by_name() {
         let Err(Unread::Line(error)) = read_with("cpus = 1\n", "umbra run --config FILE") else {
             panic!("a guest without a kernel")

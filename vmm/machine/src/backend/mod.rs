@@ -11,11 +11,8 @@
 //! | [`transfer`] | moving bytes between an image and guest memory |
 //! | [`pool`] | the threads that do what takes time |
 //! | [`tap`] | a network card's other end, and frames held back |
-//! | [`advice`] | where memory goes that a guest gives back |
 //! | [`streams`] | the UNIX sockets behind a guest's sockets |
 
-#[allow(dead_code, reason = "the board places balloons after this")]
-pub(crate) mod advice;
 pub(crate) mod disk;
 pub(crate) mod entropy;
 pub(crate) mod image;
