@@ -100,3 +100,16 @@ fn a_guest_runs_as_somebody_else() {
         vm.stop()
     });
 }
+
+#[test]
+fn a_guest_runs_as_another_group_alone() {
+    story(|world| {
+        let mut vm = world
+            .host("here")?
+            .launch_with(&Guest::dirty("10M", "mixed"), &["--gid", "65534"])?;
+        vm.beats_on(100)?;
+        every_thread(&vm.process, "Gid", "65534 65534 65534 65534")?;
+        every_thread(&vm.process, "Groups", "")?;
+        vm.stop()
+    });
+}

@@ -159,7 +159,7 @@ impl Kept {
             }
         }
         if let Some((uid, gid)) = self.user
-            && rustix::process::geteuid() != uid
+            && (rustix::process::geteuid(), rustix::process::getegid()) != (uid, gid)
         {
             // Becoming somebody else clears what is effective; what is kept is taken up again below.
             thread::set_keep_capabilities(true)?;
