@@ -1,6 +1,7 @@
 //! What a process tells through `--event-monitor`, kept with the moment it was heard.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -52,11 +53,21 @@ pub fn phase(to: &str) -> impl Fn(&Event) -> bool + '_ {
 #[derive(Debug, Default)]
 pub struct Events {
     told: Mutex<Vec<Event>>,
+    ended: AtomicBool,
 }
 
 impl Events {
     pub(crate) fn hear(&self, line: &str) {
         self.told().push(Event::read(line));
+    }
+
+    pub(crate) fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+    }
+
+    /// Whether nothing can follow: what the process told last was heard.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
     }
 
     /// How many there are.

@@ -168,7 +168,8 @@ impl Process {
     pub fn until(&mut self, what: &str, wanted: impl Fn(&Event) -> bool) -> Result<Event> {
         let (events, serial, from) = (&self.evidence.events, &self.evidence.serial, self.seen);
         let found = self.bell.wait(PATIENCE, || {
-            let over = serial.has_ended() && self.evidence.exit.get().is_some();
+            // Looked at before the events are: what ended meanwhile is found all the same.
+            let over = events.has_ended() && serial.has_ended() && self.evidence.exit.get().is_some();
             match events.find(from, &wanted) {
                 Some(found) => Some(Ok(found)),
                 None => over.then_some(Err(())),
@@ -189,7 +190,8 @@ impl Process {
     pub fn once(&self, what: &str, wanted: impl Fn(&Event) -> bool) -> Result<Event> {
         let (events, serial) = (&self.evidence.events, &self.evidence.serial);
         let found = self.bell.wait(PATIENCE, || {
-            let over = serial.has_ended() && self.evidence.exit.get().is_some();
+            // Looked at before the events are: what ended meanwhile is found all the same.
+            let over = events.has_ended() && serial.has_ended() && self.evidence.exit.get().is_some();
             match events.find(0, &wanted) {
                 Some((_, event)) => Some(Ok(event)),
                 None => over.then_some(Err(())),
@@ -328,11 +330,12 @@ fn hear_console(stdout: impl Read + Send + 'static, preface: usize, to: Arc<Reco
 
 fn hear_events(pipe: impl Read + Send + 'static, to: Arc<Events>, bell: Arc<Bell>) -> Result<()> {
     thread::Builder::new().name("e2e-events".to_owned()).spawn(move || {
-        for line in BufReader::new(pipe).lines() {
-            let Ok(line) = line else { return };
+        for line in BufReader::new(pipe).lines().map_while(Result::ok) {
             to.hear(&line);
             bell.ring();
         }
+        to.end();
+        bell.ring();
     })?;
     Ok(())
 }
