@@ -379,8 +379,10 @@ mod tests {
 
     impl Told {
         fn tell(&self, cause: Cause) -> Wake {
+            // The answer is taken first: once a test has heard of a look, what it says next is for the next one.
+            let answer = self.next.lock().unwrap().pop_front().unwrap_or(Wake::Idle);
             self.to.lock().unwrap().send(cause).unwrap();
-            self.next.lock().unwrap().pop_front().unwrap_or(Wake::Idle)
+            answer
         }
     }
 
