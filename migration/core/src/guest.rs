@@ -23,6 +23,7 @@
 //! All methods take `&self` and may be called from several threads: pages are read while the guest runs and while the
 //! next harvest is taken. They block; the node calls them from threads that may.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use umbra_units::{PAGE_SIZE, PageCount, PageId, PageSet, Pfn, SpaceId};
@@ -122,8 +123,34 @@ pub enum GuestError {
     WrongState(&'static str),
 }
 
+/// Whoever pages can be copied from: a guest, or what was captured of one.
+pub trait PageReader: Send + Sync {
+    /// Copy `pages` of `space`, in order, to the end of `out`. Of a guest that runs a page may be torn, in which case
+    /// it is also in the next harvest.
+    fn read_pages(&self, space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError>;
+}
+
+/// How pages are kept as they are at a cut while the guest runs on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CaptureBy {
+    /// Copied inside the pause, by one thread: best for few pages.
+    Copy,
+    /// Copied inside the pause, by several threads.
+    ParallelCopy,
+    /// Write-protected inside the pause and copied while the guest runs, before its first write to each: the pause
+    /// does not grow with the pages, each first write costs a fault.
+    Protect,
+}
+
+/// Pages as they were when they were captured, whatever the guest has written since. Only those that were captured can
+/// be read. Dropping it lets go of whatever keeps them.
+pub trait Captured: PageReader {
+    /// How they are kept.
+    fn by(&self) -> CaptureBy;
+}
+
 /// A virtual machine as Umbra needs to see it. See the [module](self) for the order of calls.
-pub trait Guest: Send + Sync {
+pub trait Guest: PageReader {
     /// What [`GuestBuilder::build`] on another host needs to build this guest's twin.
     fn describe(&self) -> StateRecord;
 
@@ -146,10 +173,6 @@ pub trait Guest: Send + Sync {
     /// Report these pages again at the next harvest: nobody took care of them.
     fn put_back(&self, harvest: &Harvest);
 
-    /// Copy `pages` of `space`, in order, to the end of `out`. While the guest runs a page may be torn, in which case
-    /// it is also in the next harvest.
-    fn read_pages(&self, space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError>;
-
     /// Copy one page of a guest that is not running, to use as a delta's base or to verify.
     fn read_page(&self, page: PageId, out: &mut PageBytes) -> Result<(), GuestError>;
 
@@ -159,6 +182,13 @@ pub trait Guest: Send + Sync {
     /// Stop every vCPU and quiesce every device; returns when nothing of the guest executes any more. Writes that were
     /// under way are complete, and appear in the next harvest.
     fn pause(&self) -> Result<(), GuestError>;
+
+    /// Keep these pages of the paused guest as they are now, to be read after it runs on. `by` insists on a way of doing
+    /// it; a guest that has only one, or is not asked, does what it predicts to be quickest.
+    fn capture(&self, pages: &Harvest, by: Option<CaptureBy>) -> Result<Box<dyn Captured>, GuestError> {
+        let _ = by;
+        Ok(Box::new(Copied::of(self, pages)?))
+    }
 
     /// Let a paused or restored guest run. A guest whose disks are locked by somebody else does not run: that is an error.
     fn resume(&self) -> Result<(), GuestError>;
@@ -188,4 +218,77 @@ pub trait Guest: Send + Sync {
 pub trait GuestBuilder: Send + Sync {
     /// Build it, or say by name what this host lacks.
     fn build(&self, description: &StateRecord) -> Result<Arc<dyn Guest>, GuestError>;
+}
+
+/// Pages captured by copying them: what [`Guest::capture`] does unless a guest knows better.
+#[derive(Debug, Default)]
+pub struct Copied {
+    /// Per space, where each captured page is in `bytes`, in pages.
+    places: BTreeMap<SpaceId, BTreeMap<Pfn, usize>>,
+    bytes: Vec<u8>,
+}
+
+impl Copied {
+    /// Copy these pages, which must not change meanwhile.
+    pub fn of<P: PageReader + ?Sized>(reader: &P, pages: &Harvest) -> Result<Self, GuestError> {
+        let mut copied = Self::default();
+        for (space, set) in &pages.dirty {
+            let pfns: Vec<Pfn> = set.iter().collect();
+            let first = copied.bytes.len() / PAGE_SIZE;
+            reader.read_pages(*space, &pfns, &mut copied.bytes)?;
+            let places = copied.places.entry(*space).or_default();
+            places.extend(pfns.into_iter().zip(first..));
+        }
+        Ok(copied)
+    }
+}
+
+impl PageReader for Copied {
+    fn read_pages(&self, space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
+        for pfn in pages {
+            let place = self.places.get(&space).and_then(|places| places.get(pfn));
+            let at = *place.ok_or(GuestError::WrongState("cannot read a page that was not captured"))? * PAGE_SIZE;
+            out.extend_from_slice(&self.bytes[at..at + PAGE_SIZE]);
+        }
+        Ok(())
+    }
+}
+
+impl Captured for Copied {
+    fn by(&self) -> CaptureBy {
+        CaptureBy::Copy
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every page is filled with its own number.
+    struct Numbered;
+
+    impl PageReader for Numbered {
+        fn read_pages(&self, _space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
+            pages
+                .iter()
+                .for_each(|pfn| out.extend([u8::try_from(pfn.0).unwrap(); PAGE_SIZE]));
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_was_captured_is_read_in_any_order_and_nothing_else_is() {
+        let mut set = PageSet::new(PageCount(100));
+        [3, 40, 99].map(|pfn| set.insert(Pfn(pfn)));
+        let harvest = Harvest {
+            dirty: vec![(SpaceId::RAM, set)],
+        };
+        let copied = Copied::of(&Numbered, &harvest).unwrap();
+        let mut out = Vec::new();
+        copied.read_pages(SpaceId::RAM, &[Pfn(99), Pfn(3)], &mut out).unwrap();
+        assert_eq!((out[0], out[PAGE_SIZE], out.len()), (99, 3, 2 * PAGE_SIZE));
+        let error = copied.read_pages(SpaceId::RAM, &[Pfn(4)], &mut out).unwrap_err();
+        assert_eq!(error.to_string(), "cannot read a page that was not captured");
+        assert!(copied.read_pages(SpaceId(1), &[Pfn(3)], &mut out).is_err());
+    }
 }

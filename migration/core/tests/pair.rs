@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use umbra_core::batch::Batch;
 use umbra_core::error::Fault;
-use umbra_core::guest::{Guest, GuestError, Harvest, PageBytes, Space, StateRecord};
+use umbra_core::guest::{Guest, GuestError, Harvest, PageBytes, PageReader, Space, StateRecord};
 use umbra_core::phase::{ShadowPhase, SourcePhase};
 use umbra_core::predict::LinkFacts;
 use umbra_core::report::SwitchoverReport;
@@ -72,6 +72,17 @@ impl Toy {
     }
 }
 
+impl PageReader for Toy {
+    fn read_pages(&self, space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
+        let mut page = [0; PAGE_SIZE];
+        for pfn in pages {
+            self.read_page(PageId { space, pfn: *pfn }, &mut page)?;
+            out.extend_from_slice(&page);
+        }
+        Ok(())
+    }
+}
+
 impl Guest for Toy {
     fn describe(&self) -> StateRecord {
         StateRecord {
@@ -102,15 +113,6 @@ impl Guest for Toy {
     fn put_back(&self, harvest: &Harvest) {
         let pages = harvest.dirty.iter().flat_map(|(_, set)| set.iter()).map(|pfn| pfn.0);
         self.inner.lock().unwrap().dirty.extend(pages);
-    }
-
-    fn read_pages(&self, space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
-        let mut page = [0; PAGE_SIZE];
-        for pfn in pages {
-            self.read_page(PageId { space, pfn: *pfn }, &mut page)?;
-            out.extend_from_slice(&page);
-        }
-        Ok(())
     }
 
     fn read_page(&self, page: PageId, out: &mut PageBytes) -> Result<(), GuestError> {

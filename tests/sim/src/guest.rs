@@ -8,7 +8,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use umbra_core::digest::PageHash;
-use umbra_core::guest::{Guest, GuestError, Harvest, PageBytes, Space, StateRecord};
+use umbra_core::guest::{Guest, GuestError, Harvest, PageBytes, PageReader, Space, StateRecord};
 use umbra_units::{PAGE_SIZE, PageId, PageSet, Pfn, Rng, SpaceId};
 
 use crate::program::{Content, Program};
@@ -327,6 +327,30 @@ impl Inner {
     }
 }
 
+impl PageReader for FakeGuest {
+    fn read_pages(&self, space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
+        let mut inner = self.lock();
+        inner.may_fail("read")?;
+        let mut rng = inner.rng.fork();
+        let torn = inner.life == Life::Running && rng.chance(self.manners.tear);
+        let victim = rng.below(pages.len().max(1) as u64);
+        for (n, pfn) in pages.iter().enumerate() {
+            let index = self
+                .layout
+                .index(PageId { space, pfn: *pfn })
+                .ok_or_else(|| GuestError::Malformed(format!("there is no page {pfn}")))?;
+            let (first, second) = (PAGE_SIZE / 2, PAGE_SIZE);
+            out.extend_from_slice(&inner.pages[index].bytes[..first]);
+            if torn && n as u64 == victim {
+                inner.ticks += 1;
+                inner.write(index, Content::Random, false, false, &mut rng);
+            }
+            out.extend_from_slice(&inner.pages[index].bytes[first..second]);
+        }
+        Ok(())
+    }
+}
+
 impl Guest for FakeGuest {
     fn describe(&self) -> StateRecord {
         StateRecord {
@@ -395,28 +419,6 @@ impl Guest for FakeGuest {
                 }
             }
         }
-    }
-
-    fn read_pages(&self, space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
-        let mut inner = self.lock();
-        inner.may_fail("read")?;
-        let mut rng = inner.rng.fork();
-        let torn = inner.life == Life::Running && rng.chance(self.manners.tear);
-        let victim = rng.below(pages.len().max(1) as u64);
-        for (n, pfn) in pages.iter().enumerate() {
-            let index = self
-                .layout
-                .index(PageId { space, pfn: *pfn })
-                .ok_or_else(|| GuestError::Malformed(format!("there is no page {pfn}")))?;
-            let (first, second) = (PAGE_SIZE / 2, PAGE_SIZE);
-            out.extend_from_slice(&inner.pages[index].bytes[..first]);
-            if torn && n as u64 == victim {
-                inner.ticks += 1;
-                inner.write(index, Content::Random, false, false, &mut rng);
-            }
-            out.extend_from_slice(&inner.pages[index].bytes[first..second]);
-        }
-        Ok(())
     }
 
     fn read_page(&self, page: PageId, out: &mut PageBytes) -> Result<(), GuestError> {

@@ -30,7 +30,7 @@ use std::time::Duration;
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
-use umbra_core::guest::{Guest, GuestBuilder, GuestError, Harvest, PageBytes, Space, StateRecord};
+use umbra_core::guest::{Guest, GuestBuilder, GuestError, Harvest, PageBytes, PageReader, Space, StateRecord};
 use umbra_devices::{FaultPlan, Out};
 use umbra_units::{Bytes, Gpa, PAGE_SIZE, PageCount, PageId, Pfn, SpaceId};
 
@@ -813,6 +813,13 @@ impl Drop for Machine {
     }
 }
 
+impl PageReader for Machine {
+    fn read_pages(&self, space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
+        only_ram(space)?;
+        Ok(self.memory.read_pages(pages, out)?)
+    }
+}
+
 impl Guest for Machine {
     fn describe(&self) -> StateRecord {
         self.description.encode()
@@ -838,11 +845,6 @@ impl Guest for Machine {
 
     fn put_back(&self, harvest: &Harvest) {
         self.tracker.put_back(harvest);
-    }
-
-    fn read_pages(&self, space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
-        only_ram(space)?;
-        Ok(self.memory.read_pages(pages, out)?)
     }
 
     fn read_page(&self, page: PageId, out: &mut PageBytes) -> Result<(), GuestError> {

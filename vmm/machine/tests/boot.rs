@@ -7,7 +7,7 @@
 mod common;
 
 use common::{Console, PATIENCE, Snippet, kernel};
-use umbra_core::guest::Guest;
+use umbra_core::guest::{Guest, PageReader};
 use umbra_machine::{ExitReason, Machine, MachineConfig, Sharing, Sinks};
 use umbra_units::{Bytes, Pfn, SpaceId};
 

@@ -7,7 +7,7 @@
 mod common;
 
 use common::{Console, all_pages, follow, image, launch, page_of, pages};
-use umbra_core::guest::{Guest, Harvest};
+use umbra_core::guest::{Guest, Harvest, PageReader};
 use umbra_units::{Bytes, Gpa, PAGE_SIZE, PageCount, Pfn, SpaceId};
 
 #[test]

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use common::{Console, PATIENCE, all_pages, copy_memory, image, kernel};
 use tempfile::NamedTempFile;
-use umbra_core::guest::{Guest, Harvest};
+use umbra_core::guest::{Guest, Harvest, PageReader};
 use umbra_machine::config::devices::{Devices, DiskConfig, RngConfig};
 use umbra_machine::{ExitReason, Machine, MachineConfig};
 use umbra_units::{Bytes, PAGE_SIZE, SpaceId};

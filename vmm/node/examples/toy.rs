@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use umbra_core::guest::{Guest, GuestBuilder, GuestError, Harvest, PageBytes, Space, StateRecord};
+use umbra_core::guest::{Guest, GuestBuilder, GuestError, Harvest, PageBytes, PageReader, Space, StateRecord};
 use umbra_core::report::SwitchoverReport;
 use umbra_core::shadow::ShadowConfig;
 use umbra_core::source::SwitchoverOptions;
@@ -87,6 +87,16 @@ fn offset(pfn: Pfn) -> usize {
     usize::try_from(pfn.0).expect("a toy is small") * PAGE_SIZE
 }
 
+impl PageReader for Toy {
+    fn read_pages(&self, _space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
+        let memory = self.memory();
+        pages
+            .iter()
+            .for_each(|pfn| out.extend_from_slice(&memory.bytes[offset(*pfn)..][..PAGE_SIZE]));
+        Ok(())
+    }
+}
+
 impl Guest for Toy {
     fn describe(&self) -> StateRecord {
         StateRecord {
@@ -116,14 +126,6 @@ impl Guest for Toy {
             .dirty
             .iter()
             .for_each(|(_, set)| self.memory().dirty.union_with(set));
-    }
-
-    fn read_pages(&self, _space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
-        let memory = self.memory();
-        pages
-            .iter()
-            .for_each(|pfn| out.extend_from_slice(&memory.bytes[offset(*pfn)..][..PAGE_SIZE]));
-        Ok(())
     }
 
     fn read_page(&self, page: PageId, out: &mut PageBytes) -> Result<(), GuestError> {

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use proptest::prelude::*;
-use umbra_core::guest::{Guest, GuestBuilder, GuestError, Harvest, PageBytes, Space, StateRecord};
+use umbra_core::guest::{Guest, GuestBuilder, GuestError, Harvest, PageBytes, PageReader, Space, StateRecord};
 use umbra_node::GuestIdentity;
 use umbra_node::snapshot::{
     After, Kind, Restored, SharedLog, SnapshotError, SnapshotReport, SnapshotRequest, Snapshotter, Watch, restore,
@@ -99,6 +99,22 @@ fn at(pfn: Pfn) -> usize {
     usize::try_from(pfn.0).unwrap() * PAGE_SIZE
 }
 
+impl PageReader for Notebook {
+    fn read_pages(&self, _space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
+        {
+            let paper = self.paper();
+            pages
+                .iter()
+                .for_each(|pfn| out.extend_from_slice(&paper.bytes[at(*pfn)..][..PAGE_SIZE]));
+        }
+        if self.busy.load(Ordering::SeqCst) && self.runs() {
+            let n = self.writes.fetch_add(1, Ordering::SeqCst);
+            self.write(n * 37 % PAGES.0, u8::try_from(n % 251).unwrap());
+        }
+        Ok(())
+    }
+}
+
 impl Guest for Notebook {
     fn describe(&self) -> StateRecord {
         record("notebook", 7)
@@ -127,20 +143,6 @@ impl Guest for Notebook {
     fn put_back(&self, harvest: &Harvest) {
         let mut paper = self.paper();
         harvest.dirty.iter().for_each(|(_, set)| paper.dirty.union_with(set));
-    }
-
-    fn read_pages(&self, _space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
-        {
-            let paper = self.paper();
-            pages
-                .iter()
-                .for_each(|pfn| out.extend_from_slice(&paper.bytes[at(*pfn)..][..PAGE_SIZE]));
-        }
-        if self.busy.load(Ordering::SeqCst) && self.runs() {
-            let n = self.writes.fetch_add(1, Ordering::SeqCst);
-            self.write(n * 37 % PAGES.0, u8::try_from(n % 251).unwrap());
-        }
-        Ok(())
     }
 
     fn read_page(&self, page: PageId, out: &mut PageBytes) -> Result<(), GuestError> {

@@ -11,7 +11,7 @@ use umbra_units::{BatchId, Bytes, PAGE_SIZE, PageId, SpaceId};
 use crate::batch::{BatchWriter, Close, PageCounts};
 use crate::digest::{Digest, PageHash, is_zero};
 use crate::error::Fault;
-use crate::guest::{Guest, PageBytes, Space};
+use crate::guest::{Guest, PageBytes, PageReader, Space};
 use crate::ledger::{Base, Owed};
 use crate::page::{Encoding, encode_delta};
 use crate::source::Plan;
@@ -68,16 +68,16 @@ impl Encoder {
         self.digest
     }
 
-    /// Copy a planned batch's pages out of `guest` and encode them. `compress` allows lz4. A plan that closes its epoch
+    /// Copy a planned batch's pages out of `from` and encode them. `compress` allows lz4. A plan that closes its epoch
     /// gets the digest as it is after this batch.
-    pub fn encode(&mut self, plan: Plan, guest: &dyn Guest, compress: bool) -> Result<Encoded, Fault> {
+    pub fn encode(&mut self, plan: Plan, from: &dyn PageReader, compress: bool) -> Result<Encoded, Fault> {
         let mut writer = BatchWriter::new(plan.batch, plan.epoch, plan.owed_after.0);
         for run in plan.pages.chunk_by(|a, b| a.page.space == b.page.space) {
             let space = run[0].page.space;
             let pfns: Vec<_> = run.iter().map(|owed| owed.page.pfn).collect();
             let mut contents = std::mem::take(&mut self.scratch);
             contents.clear();
-            let read = guest.read_pages(space, &pfns, &mut contents);
+            let read = from.read_pages(space, &pfns, &mut contents);
             if read.is_ok() {
                 let pages = contents
                     .chunks_exact(PAGE_SIZE)

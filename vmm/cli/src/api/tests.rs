@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::time::timeout;
-use umbra_core::guest::{Guest, GuestBuilder, GuestError, Harvest, PageBytes, Space, StateRecord};
+use umbra_core::guest::{Guest, GuestBuilder, GuestError, Harvest, PageBytes, PageReader, Space, StateRecord};
 use umbra_core::shadow::ShadowConfig;
 use umbra_netem::{Relay, RelayConfig, Weather};
 use umbra_node::ShadowNode;
@@ -166,6 +166,12 @@ impl GuestBuilder for ReluctantBuilder {
     }
 }
 
+impl PageReader for Reluctant {
+    fn read_pages(&self, space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
+        self.toy.read_pages(space, pages, out)
+    }
+}
+
 impl Guest for Reluctant {
     fn resume(&self) -> Result<(), GuestError> {
         let _ = self.told.lock().unwrap().recv();
@@ -190,10 +196,6 @@ impl Guest for Reluctant {
 
     fn put_back(&self, harvest: &Harvest) {
         self.toy.put_back(harvest);
-    }
-
-    fn read_pages(&self, space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
-        self.toy.read_pages(space, pages, out)
     }
 
     fn read_page(&self, page: PageId, out: &mut PageBytes) -> Result<(), GuestError> {

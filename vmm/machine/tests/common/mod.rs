@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use umbra_core::guest::{Guest, Harvest, PageBytes, Space, StateRecord};
+use umbra_core::guest::{Guest, Harvest, PageBytes, PageReader, Space, StateRecord};
 use umbra_machine::{Machine, MachineConfig, Out, Sinks};
 use umbra_units::{Bytes, PAGE_SIZE, PageCount, PageId, Pfn, SpaceId};
 

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use umbra_core::guest::{Guest, GuestError, Harvest, PageBytes, Space, StateRecord};
+use umbra_core::guest::{CaptureBy, Captured, Guest, GuestError, Harvest, PageBytes, PageReader, Space, StateRecord};
 use umbra_units::{PageId, Pfn, SpaceId};
 
 /// A guest whose writes several may follow. Copies are the same log.
@@ -90,6 +90,12 @@ impl Drop for Listener {
     }
 }
 
+impl PageReader for Listener {
+    fn read_pages(&self, space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
+        self.inner.guest.read_pages(space, pages, out)
+    }
+}
+
 impl Guest for Listener {
     /// The guest's own log runs while anybody tracks. Who begins while it runs may be told of writes before that.
     fn track(&self, on: bool) -> Result<(), GuestError> {
@@ -141,10 +147,6 @@ impl Guest for Listener {
         self.inner.guest.untouched()
     }
 
-    fn read_pages(&self, space: SpaceId, pages: &[Pfn], out: &mut Vec<u8>) -> Result<(), GuestError> {
-        self.inner.guest.read_pages(space, pages, out)
-    }
-
     fn read_page(&self, page: PageId, out: &mut PageBytes) -> Result<(), GuestError> {
         self.inner.guest.read_page(page, out)
     }
@@ -155,6 +157,10 @@ impl Guest for Listener {
 
     fn pause(&self) -> Result<(), GuestError> {
         self.inner.guest.pause()
+    }
+
+    fn capture(&self, pages: &Harvest, by: Option<CaptureBy>) -> Result<Box<dyn Captured>, GuestError> {
+        self.inner.guest.capture(pages, by)
     }
 
     fn resume(&self) -> Result<(), GuestError> {
