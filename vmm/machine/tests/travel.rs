@@ -7,7 +7,7 @@
 mod common;
 
 use common::{Console, Snippet, copy_memory, image, launch, move_to_twin, record};
-use umbra_core::guest::{Guest, GuestBuilder, GuestError, PageReader, StateRecord};
+use umbra_core::guest::{Guest, GuestBuilder, GuestError, StateRecord};
 use umbra_machine::{Machine, Sinks};
 use umbra_units::{Bytes, PAGE_SIZE, PageId, Pfn};
 
