@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-use umbra_core::guest::Guest;
+use umbra_core::guest::{Guest, PageReader};
 use umbra_machine::{Machine, MachineConfig, Sinks};
 use umbra_units::{Bytes, Pfn, SpaceId};
 
