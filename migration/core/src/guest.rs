@@ -279,7 +279,9 @@ mod tests {
     #[test]
     fn what_was_captured_is_read_in_any_order_and_nothing_else_is() {
         let mut set = PageSet::new(PageCount(100));
-        [3, 40, 99].map(|pfn| set.insert(Pfn(pfn)));
+        for pfn in [3, 40, 99] {
+            set.insert(Pfn(pfn));
+        }
         let harvest = Harvest {
             dirty: vec![(SpaceId::RAM, set)],
         };
