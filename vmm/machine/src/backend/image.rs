@@ -14,7 +14,9 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use vmm_sys_util::signal::register_signal_handler;
 
 use crate::config::devices::DiskConfig;
 use crate::error::Error;
@@ -52,6 +54,7 @@ impl Image {
             };
             refuse(format!("cannot open the image of {kind}: {error}{hint}"))
         };
+        outlive_file_limit().map_err(cannot)?;
         // Without O_NONBLOCK, opening a FIFO by mistake would wait for its other end.
         let flags = libc::O_NONBLOCK | if config.direct { libc::O_DIRECT } else { 0 };
         let file = OpenOptions::new()
@@ -161,8 +164,20 @@ impl Image {
     }
 }
 
+/// Where a file may grow no further (`RLIMIT_FSIZE`), Linux ends the process that writes on, unless it handles SIGXFSZ
+/// (setrlimit(2)): then the write fails, and the guest hears of an I/O error, as from any disk.
+fn outlive_file_limit() -> io::Result<()> {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    static HANDLED: OnceLock<Result<(), i32>> = OnceLock::new();
+    HANDLED
+        .get_or_init(|| register_signal_handler(libc::SIGXFSZ, nothing).map_err(|error| error.errno()))
+        .map_err(io::Error::from_raw_os_error)
+}
+
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     fn at(path: &Path) -> DiskConfig {
@@ -239,5 +254,21 @@ mod tests {
         drop(reader);
         friend.unlock();
         other.lock().unwrap();
+    }
+
+    #[test]
+    fn a_write_past_the_processs_file_limit_fails_and_ends_nobody() {
+        // Of the whole test process, and so far beyond what any other test writes.
+        const LIMIT: u64 = 1 << 40;
+        let file = file(2 * LIMIT);
+        let image = Image::open("disk/0", &at(file.path()), false).unwrap();
+        let limit = libc::rlimit {
+            rlim_cur: LIMIT,
+            rlim_max: libc::RLIM_INFINITY,
+        };
+        // SAFETY: setrlimit(2) reads one `rlimit`, which lives across the call.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit) }, 0);
+        let error = image.file().write_all_at(&[1; 512], LIMIT).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
     }
 }
