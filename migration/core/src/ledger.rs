@@ -2,7 +2,8 @@
 //!
 //! The ledger answers one question: for each page, is the newest version the guest wrote acknowledged? A harvested bit
 //! becomes *debt* and stays debt until the shadow acknowledges a batch that carried the page's content from after that
-//! harvest; a failed attempt loses none (DESIGN §3.2). It does not decide *when* to send and never sees page contents.
+//! harvest; a failed attempt loses none (DESIGN §3.2). Which owed page is taken next is said by an [`Order`] and the
+//! pages' [`Heat`]. It never sees page contents.
 //!
 //! ```text
 //!            harvest                     take                       held
@@ -17,9 +18,11 @@
 
 use std::collections::BTreeMap;
 
-use umbra_units::{BatchId, PageCount, PageId, PageSet, Pfn, SpaceId};
+use umbra_units::{BatchId, Now, PageCount, PageId, PageSet, Pfn, SpaceId};
 
 use crate::guest::{Harvest, Space};
+use crate::heat::Heat;
+use crate::order::{Hold, Line, Order};
 
 /// What the next copy of a page may be encoded against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,30 +63,33 @@ pub struct Ledger {
 #[derive(Debug)]
 struct SpaceLedger {
     present: PageSet,
-    owed: PageSet,
+    /// What is owed, in the order in which it is taken.
+    owed: Line,
+    heat: Heat,
+    /// Nothing touched them since the guest was built.
+    free: PageSet,
     /// Pages whose newest shipment is not acknowledged.
     travelling: PageSet,
     /// Pages whose content the shadow has held at least once since the session began.
     seeded: PageSet,
     /// Per page, the newest batch that carried it, or [`NEVER`], or [`LOST`].
     newest: Vec<u64>,
-    /// Where the next walk for owed pages begins, so that no page starves.
-    cursor: Pfn,
 }
 
 impl Ledger {
-    /// The ledger of a new session: every present page is owed.
-    pub fn new(spaces: &[Space]) -> Self {
+    /// The ledger of a new session, which ships in this order: every present page is owed.
+    pub fn new(spaces: &[Space], order: Order) -> Self {
         let spaces = spaces
             .iter()
             .map(|space| {
                 let present = space.present_set();
                 let ledger = SpaceLedger {
-                    owed: present.clone(),
+                    owed: Line::new(order, present.clone()),
+                    heat: Heat::new(space.pages),
+                    free: PageSet::new(space.pages),
                     travelling: PageSet::new(space.pages),
                     seeded: PageSet::new(space.pages),
                     newest: vec![NEVER; index(Pfn(space.pages.0))],
-                    cursor: Pfn(0),
                     present,
                 };
                 (space.id, ledger)
@@ -98,14 +104,10 @@ impl Ledger {
     }
 
     /// The guest wrote these pages. Pages outside the guest's spaces are the host's mistake and are ignored.
-    pub fn owe(&mut self, harvest: &Harvest) {
+    pub fn owe(&mut self, now: Now, harvest: &Harvest) {
         for (space, dirty) in &harvest.dirty {
             if let Some(ledger) = self.spaces.get_mut(space) {
-                let mut dirty = PageSet::from_words(dirty.words().to_vec(), ledger.present.capacity());
-                let mut absent = dirty.clone();
-                absent.subtract(&ledger.present);
-                dirty.subtract(&absent);
-                ledger.owed.union_with(&dirty);
+                ledger.owe(now, dirty);
             }
         }
     }
@@ -122,7 +124,8 @@ impl Ledger {
                     .iter()
                     .filter(|pfn| ledger.present.contains(*pfn) && ledger.newest[index(*pfn)] == NEVER)
                 {
-                    ledger.owed.remove(pfn);
+                    ledger.owed.forgive(pfn);
+                    ledger.free.insert(pfn);
                     ledger.seeded.insert(pfn);
                 }
             }
@@ -130,36 +133,52 @@ impl Ledger {
     }
 
     /// Owe single pages again, for example because an audit found them different.
-    pub fn owe_pages(&mut self, pages: &[PageId]) {
+    pub fn owe_pages(&mut self, now: Now, pages: &[PageId]) {
         for page in pages {
             if let Some(ledger) = self
                 .spaces
                 .get_mut(&page.space)
                 .filter(|ledger| ledger.present.contains(page.pfn))
             {
-                ledger.owed.insert(page.pfn);
+                ledger.free.remove(page.pfn);
+                ledger.owed.owe(now, page.pfn, &ledger.heat);
                 ledger.travelling.remove(page.pfn);
                 ledger.newest[index(page.pfn)] = LOST;
             }
         }
     }
 
-    /// Take up to `most` owed pages into a new batch, which is in flight from now on. An empty batch is a batch too: a
-    /// cut may have nothing to say but its records.
-    pub fn take(&mut self, most: PageCount) -> (BatchId, Vec<Owed>) {
+    /// Whether [`take`](Self::take) would find a page: something is owed, and not all of it is held.
+    pub fn is_ready(&mut self, now: Now, hold: Option<Hold>) -> bool {
+        let owed = self.owed();
+        let mut spaces = self.spaces.values_mut();
+        spaces.any(|ledger| ledger.owed.is_ready(now, &ledger.heat, hold, owed))
+    }
+
+    /// Take up to `most` owed pages into a new batch, which is in flight from now on, but none that `hold` holds. An empty
+    /// batch is a batch too: a cut may have nothing to say but its records. Pages of one space stand together, ascending.
+    pub fn take(&mut self, now: Now, most: PageCount, hold: Option<Hold>) -> (BatchId, Vec<Owed>) {
         let batch = self.next;
         self.next = batch.next();
+        let mut owed = self.owed();
+        let mut left = most.0;
         let mut taken = Vec::new();
         for id in self.spaces_in_turn() {
             let ledger = self.spaces.get_mut(&id).expect("one of ours");
-            let left = most.0.saturating_sub(taken.len() as u64);
-            let pfns: Vec<Pfn> = ledger.walk().take(index(Pfn(left))).collect();
-            for pfn in pfns {
+            let first = taken.len();
+            while left > 0 {
+                let before = ledger.owed.count();
+                let Some(pfn) = ledger.owed.take(now, &ledger.heat, hold, owed, taken.len() == first) else {
+                    break;
+                };
+                owed = owed + ledger.owed.count() - before;
+                left -= 1;
                 taken.push(Owed {
                     page: PageId { space: id, pfn },
                     base: ledger.take(pfn, batch),
                 });
             }
+            taken[first..].sort_unstable_by_key(|owed| owed.page.pfn);
         }
         self.in_flight
             .insert(batch, taken.iter().map(|owed| owed.page).collect());
@@ -191,7 +210,7 @@ impl Ledger {
     }
 
     /// This batch will never arrive: what it carried is owed again.
-    pub fn lost(&mut self, batch: BatchId) {
+    pub fn lost(&mut self, now: Now, batch: BatchId) {
         for page in self.in_flight.remove(&batch).unwrap_or_default() {
             let ledger = self
                 .spaces
@@ -199,7 +218,7 @@ impl Ledger {
                 .expect("pages in flight come from known spaces");
             if ledger.newest[index(page.pfn)] == batch.0 {
                 ledger.travelling.remove(page.pfn);
-                ledger.owed.insert(page.pfn);
+                ledger.owed.owe(now, page.pfn, &ledger.heat);
                 ledger.newest[index(page.pfn)] = LOST;
             }
         }
@@ -210,12 +229,29 @@ impl Ledger {
         self.spaces.values().map(|ledger| ledger.owed.count()).sum()
     }
 
+    /// Owed pages that `hold` keeps back.
+    pub fn deferred(&self, now: Now, hold: Option<Hold>) -> PageCount {
+        let Some(hold) = hold.filter(|hold| self.owed() <= hold.most) else {
+            return PageCount::ZERO;
+        };
+        let held = |ledger: &SpaceLedger| {
+            let owed = ledger.owed.owed().iter();
+            owed.filter(|pfn| ledger.heat.rate(now, *pfn) >= hold.from).count() as u64
+        };
+        PageCount(self.spaces.values().map(held).sum())
+    }
+
+    /// The write heat of a space.
+    pub fn heat(&self, space: SpaceId) -> Option<&Heat> {
+        self.spaces.get(&space).map(|ledger| &ledger.heat)
+    }
+
     /// Pages whose newest content the shadow has not acknowledged: owed or in flight.
     pub fn debt(&self) -> PageCount {
         self.spaces
             .values()
             .map(|ledger| {
-                let mut debt = ledger.owed.clone();
+                let mut debt = ledger.owed.owed().clone();
                 debt.union_with(&ledger.travelling);
                 debt.count()
             })
@@ -225,7 +261,7 @@ impl Ledger {
     /// Everything that is debt, as a harvest: what a host must be told when the session ends and nobody took care.
     pub fn debt_pages(&self) -> Harvest {
         let dirty = self.spaces.iter().map(|(id, ledger)| {
-            let mut debt = ledger.owed.clone();
+            let mut debt = ledger.owed.owed().clone();
             debt.union_with(&ledger.travelling);
             (*id, debt)
         });
@@ -249,16 +285,20 @@ impl Ledger {
 }
 
 impl SpaceLedger {
-    /// Owed pages from the cursor on, once around.
-    fn walk(&self) -> impl Iterator<Item = Pfn> + '_ {
-        self.owed
-            .from(self.cursor)
-            .chain(self.owed.iter().take_while(|pfn| *pfn < self.cursor))
+    fn owe(&mut self, now: Now, dirty: &PageSet) {
+        let mut dirty = PageSet::from_words(dirty.words().to_vec(), self.present.capacity());
+        dirty.intersect_with(&self.present);
+        self.free.subtract(&dirty);
+        // A log that names every page names none: it starts, or was lost.
+        // covered by: a_harvest_of_everything_heats_nothing
+        if dirty != self.present {
+            self.heat.harvest(now);
+            dirty.iter().for_each(|pfn| self.heat.written(now, pfn));
+        }
+        dirty.iter().for_each(|pfn| self.owed.owe(now, pfn, &self.heat));
     }
 
     fn take(&mut self, pfn: Pfn, batch: BatchId) -> Base {
-        self.owed.remove(pfn);
-        self.cursor = pfn + PageCount(1);
         let in_flight = !self.travelling.insert(pfn);
         let newest = std::mem::replace(&mut self.newest[index(pfn)], batch.0);
         match newest {
@@ -279,7 +319,7 @@ mod tests {
     use umbra_units::Rng;
 
     fn ledger(pages: u64) -> Ledger {
-        Ledger::new(&[Space::ram(PageCount(pages))])
+        Ledger::new(&[Space::ram(PageCount(pages))], Order::default())
     }
 
     fn writes(pages: u64, pfns: &[u64]) -> Harvest {
@@ -296,7 +336,7 @@ mod tests {
     fn debt_is_cleared_by_an_acknowledgement_and_by_nothing_else() {
         let mut ledger = ledger(10);
         assert_eq!(ledger.debt(), PageCount(10));
-        let (batch, taken) = ledger.take(PageCount(4));
+        let (batch, taken) = ledger.take(Now::ZERO, PageCount(4), None);
         assert_eq!(taken.len(), 4);
         assert_eq!((ledger.owed(), ledger.debt()), (PageCount(6), PageCount(10)));
         ledger.held(batch);
@@ -308,8 +348,8 @@ mod tests {
     #[test]
     fn a_page_written_while_it_travels_is_owed_again() {
         let mut ledger = ledger(1);
-        let (first, _) = ledger.take(PageCount(1));
-        ledger.owe(&writes(1, &[0]));
+        let (first, _) = ledger.take(Now::ZERO, PageCount(1), None);
+        ledger.owe(Now::ZERO, &writes(1, &[0]));
         ledger.held(first);
         assert_eq!(ledger.debt(), PageCount(1));
     }
@@ -317,31 +357,31 @@ mod tests {
     #[test]
     fn an_old_acknowledgement_does_not_clear_a_newer_shipment() {
         let mut ledger = ledger(1);
-        let (first, _) = ledger.take(PageCount(1));
-        ledger.owe(&writes(1, &[0]));
-        let (second, taken) = ledger.take(PageCount(1));
+        let (first, _) = ledger.take(Now::ZERO, PageCount(1), None);
+        ledger.owe(Now::ZERO, &writes(1, &[0]));
+        let (second, taken) = ledger.take(Now::ZERO, PageCount(1), None);
         assert_eq!(taken[0].base, Base::InFlight);
         ledger.held(first);
         assert_eq!(ledger.debt(), PageCount(1));
-        ledger.owe(&writes(1, &[0]));
-        let (third, taken) = ledger.take(PageCount(1));
+        ledger.owe(Now::ZERO, &writes(1, &[0]));
+        let (third, taken) = ledger.take(Now::ZERO, PageCount(1), None);
         assert_eq!(taken[0].base, Base::InFlight, "the second copy is still on its way");
         ledger.held(second);
         ledger.held(third);
         assert_eq!(ledger.debt(), PageCount::ZERO);
-        ledger.owe(&writes(1, &[0]));
-        assert_eq!(ledger.take(PageCount(1)).1[0].base, Base::Held(third));
+        ledger.owe(Now::ZERO, &writes(1, &[0]));
+        assert_eq!(ledger.take(Now::ZERO, PageCount(1), None).1[0].base, Base::Held(third));
     }
 
     #[test]
     fn a_lost_batch_is_owed_again_and_nothing_may_lean_on_it() {
         let mut ledger = ledger(2);
-        let (batch, _) = ledger.take(PageCount(2));
-        ledger.lost(batch);
+        let (batch, _) = ledger.take(Now::ZERO, PageCount(2), None);
+        ledger.lost(Now::ZERO, batch);
         assert_eq!(ledger.owed(), PageCount(2));
         assert!(
             ledger
-                .take(PageCount(2))
+                .take(Now::ZERO, PageCount(2), None)
                 .1
                 .iter()
                 .all(|owed| owed.base == Base::Unknown)
@@ -352,8 +392,8 @@ mod tests {
     fn no_page_starves_while_others_are_written_over_and_over() {
         let mut ledger = ledger(8);
         for round in 0..8 {
-            ledger.owe(&writes(8, &[0]));
-            let (batch, _) = ledger.take(PageCount(2));
+            ledger.owe(Now::ZERO, &writes(8, &[0]));
+            let (batch, _) = ledger.take(Now::ZERO, PageCount(2), None);
             ledger.held(batch);
             if round >= 5 {
                 assert_eq!(ledger.seeded(), PageCount(8));
@@ -367,10 +407,10 @@ mod tests {
             id: SpaceId(1),
             ..Space::ram(PageCount(2))
         };
-        let mut ledger = Ledger::new(&[Space::ram(PageCount(8)), disk]);
+        let mut ledger = Ledger::new(&[Space::ram(PageCount(8)), disk], Order::default());
         for _ in 0..10 {
-            ledger.owe(&writes(8, &[0, 1, 2, 3]));
-            let (batch, _) = ledger.take(PageCount(4));
+            ledger.owe(Now::ZERO, &writes(8, &[0, 1, 2, 3]));
+            let (batch, _) = ledger.take(Now::ZERO, PageCount(4), None);
             ledger.held(batch);
         }
         assert_eq!(ledger.seeded(), PageCount(10));
@@ -383,11 +423,11 @@ mod tests {
             pages: PageCount(10),
             present: vec![(Pfn(0), PageCount(2)), (Pfn(8), PageCount(2))],
         };
-        let mut ledger = Ledger::new(&[space]);
-        ledger.owe(&writes(10, &[5]));
-        ledger.owe_pages(&[PageId::ram(Pfn(6))]);
+        let mut ledger = Ledger::new(&[space], Order::default());
+        ledger.owe(Now::ZERO, &writes(10, &[5]));
+        ledger.owe_pages(Now::ZERO, &[PageId::ram(Pfn(6))]);
         let taken: Vec<u64> = ledger
-            .take(PageCount(100))
+            .take(Now::ZERO, PageCount(100), None)
             .1
             .iter()
             .map(|owed| owed.page.pfn.0)
@@ -395,26 +435,76 @@ mod tests {
         assert_eq!(taken, [0, 1, 8, 9]);
     }
 
-    /// After any schedule of writes, shipments, acknowledgements and losses: a page whose newest version the model's
-    /// shadow lacks is debt.
+    #[test]
+    fn a_harvest_of_everything_heats_nothing() {
+        let mut ledger = ledger(4);
+        ledger.owe(Now::ZERO, &writes(4, &[0, 1, 2, 3]));
+        let heat = ledger.heat(SpaceId::RAM).unwrap();
+        assert_eq!(heat.warmed().count(), 0);
+    }
+
+    #[test]
+    fn a_batch_carries_a_page_once_under_any_order() {
+        for order in Order::ALL {
+            let mut ledger = Ledger::new(&[Space::ram(PageCount(4))], order);
+            ledger.owe(Now::ZERO, &writes(4, &[1, 2]));
+            let (_, taken) = ledger.take(Now::ZERO, PageCount(99), None);
+            assert!(taken.is_sorted_by(|a, b| a.page < b.page), "{order}: {taken:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_held_back_is_debt_all_the_same() {
+        let mut ledger = ledger(4);
+        let (batch, _) = ledger.take(Now::ZERO, PageCount(4), None);
+        ledger.held(batch);
+        let mut now = Now::ZERO;
+        for _ in 0..20 {
+            now = now + std::time::Duration::from_millis(20);
+            ledger.owe(now, &writes(4, &[2]));
+        }
+        ledger.owe(now, &writes(4, &[1]));
+        let hold = Some(Hold {
+            from: crate::heat::Rate(2.0),
+            most: PageCount(2),
+        });
+        let (_, taken) = ledger.take(now, PageCount(4), hold);
+        assert_eq!(taken.len(), 1);
+        assert_eq!(taken[0].page, PageId::ram(Pfn(1)));
+        assert!(!ledger.is_ready(now, hold));
+        assert_eq!(
+            (ledger.deferred(now, hold), ledger.debt()),
+            (PageCount(1), PageCount(2))
+        );
+        assert!(ledger.debt_pages().dirty[0].1.contains(Pfn(2)));
+    }
+
+    /// After any schedule of writes, shipments, acknowledgements and losses, in any order, with pages held back or not: a
+    /// page whose newest version the model's shadow lacks is debt, and nothing is owed that cannot be taken.
     #[test]
     fn whatever_happens_no_write_is_forgotten() {
-        for seed in 0..500 {
+        for (seed, order) in (0..1_000).zip(Order::ALL.into_iter().cycle()) {
             let mut rng = Rng::new(seed);
             let pages = 1 + rng.below(12);
-            let mut ledger = ledger(pages);
+            let mut ledger = Ledger::new(&[Space::ram(PageCount(pages))], order);
+            let mut now = Now::ZERO;
             let mut written = vec![1u64; usize::try_from(pages).unwrap()];
             let mut held = vec![0u64; written.len()];
             let mut flying: Vec<(BatchId, Vec<(usize, u64)>)> = Vec::new();
             for _ in 0..200 {
+                now = now + std::time::Duration::from_micros(1 << rng.below(24));
                 match rng.below(4) {
                     0 => {
                         let pfn = rng.below(pages);
                         written[usize::try_from(pfn).unwrap()] += 1;
-                        ledger.owe(&writes(pages, &[pfn]));
+                        ledger.owe(now, &writes(pages, &[pfn]));
                     }
                     1 => {
-                        let (batch, taken) = ledger.take(PageCount(1 + rng.below(4)));
+                        let hold = rng.chance(0.5).then(|| Hold {
+                            from: crate::heat::Rate(1.0),
+                            most: PageCount(rng.below(pages)),
+                        });
+                        let (batch, taken) = ledger.take(now, PageCount(1 + rng.below(4)), hold);
                         let copies = taken.iter().map(|owed| usize::try_from(owed.page.pfn.0).unwrap());
                         flying.push((batch, copies.map(|i| (i, written[i])).collect()));
                     }
@@ -426,7 +516,7 @@ mod tests {
                             copies.iter().for_each(|(i, version)| held[*i] = held[*i].max(*version));
                             ledger.held(batch);
                         } else {
-                            ledger.lost(batch);
+                            ledger.lost(now, batch);
                         }
                     }
                 }
@@ -437,6 +527,14 @@ mod tests {
                         "seed {seed}: page {i} forgotten"
                     );
                 }
+            }
+            while ledger.owed() > PageCount::ZERO {
+                let (_, taken) = ledger.take(now, PageCount(4), None);
+                assert!(
+                    !taken.is_empty(),
+                    "seed {seed}: {} pages that nobody finds",
+                    ledger.owed()
+                );
             }
         }
     }

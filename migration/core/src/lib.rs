@@ -10,6 +10,7 @@
 //! | [`guest`] | what must a VMM offer? The plugin boundary |
 //! | [`phase`] | what can a source and a shadow be doing, and what follows what? |
 //! | [`ledger`] | what does the shadow not have yet? |
+//! | [`heat`], [`order`] | how often is a page written, and which ships next? |
 //! | [`page`], [`batch`] | how do pages travel? |
 //! | [`digest`] | are two memories equal? |
 //! | [`source`], [`shadow`] | the two state machines |
@@ -28,8 +29,10 @@ pub mod digest;
 pub mod error;
 pub mod event;
 pub mod guest;
+pub mod heat;
 pub mod ledger;
 pub mod limits;
+pub mod order;
 pub mod page;
 pub mod phase;
 pub mod predict;

@@ -241,6 +241,18 @@ impl PageSet {
             .for_each(|(mine, theirs)| *mine &= !theirs);
     }
 
+    /// Take every page out that is not in `other`.
+    ///
+    /// # Panics
+    /// When the spaces differ in size.
+    pub fn intersect_with(&mut self, other: &Self) {
+        assert_eq!(self.capacity, other.capacity, "sets of different spaces");
+        self.words
+            .iter_mut()
+            .zip(&other.words)
+            .for_each(|(mine, theirs)| *mine &= theirs);
+    }
+
     /// Empty the set.
     pub fn clear(&mut self) {
         self.words.fill(0);

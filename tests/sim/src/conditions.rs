@@ -7,6 +7,7 @@ use core::fmt;
 use core::time::Duration;
 
 use umbra_core::guest::Space;
+use umbra_core::order::Order;
 use umbra_core::shadow::ShadowConfig;
 use umbra_core::source::{SourceConfig, SwitchoverOptions};
 use umbra_units::{Bandwidth, Bytes, Now, PageCount, Pfn, Ratio, Rng, SpaceId};
@@ -170,7 +171,8 @@ impl Conditions {
     pub(crate) fn draw(seed: u64) -> Self {
         // Separate generators, so that a new draw in one place does not change what old seeds mean elsewhere.
         let mut root = Rng::new(seed ^ 0x0075_6d62_7261);
-        let [mut memory, mut guest, mut net, mut node, mut fate, mut acts] = core::array::from_fn(|_| root.fork());
+        let [mut memory, mut guest, mut net, mut node, mut fate, mut acts, mut ship] =
+            core::array::from_fn(|_| root.fork());
         let program = Program::draw(&mut guest);
         let heals = Now::ZERO + log_uniform(&mut fate, 300_000, 4_000_000);
         let audits = fate.chance(0.25);
@@ -203,6 +205,11 @@ impl Conditions {
                 harvest_every: log_uniform(&mut node, 1_000, 60_000),
                 harvest_idle: log_uniform(&mut node, 20_000, 200_000),
                 batch_pages: PageCount(1 + node.below(64)),
+                order: if ship.chance(0.5) {
+                    Order::default()
+                } else {
+                    Order::ALL[pick(&mut ship, 5)]
+                },
             },
             shadow: ShadowConfig {
                 complete_at: Ratio::new(0.9 * node.unit()).expect("a share"),

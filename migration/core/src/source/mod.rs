@@ -37,6 +37,7 @@ use crate::event::Event;
 use crate::guest::{Harvest, Space, StateRecord};
 use crate::ledger::{Ledger, Owed};
 use crate::limits;
+use crate::order::Order;
 use crate::phase::SourcePhase;
 use crate::predict::{LinkFacts, PausePredictor};
 use crate::report::SwitchoverReport;
@@ -52,6 +53,8 @@ pub struct SourceConfig {
     pub harvest_idle: Duration,
     /// Pages of one batch while seeding and following; at most [`limits::BATCH_PAGES`].
     pub batch_pages: PageCount,
+    /// Which owed page ships next.
+    pub order: Order,
 }
 
 impl Default for SourceConfig {
@@ -60,6 +63,7 @@ impl Default for SourceConfig {
             harvest_every: Duration::from_millis(20),
             harvest_idle: Duration::from_millis(100),
             batch_pages: PageCount(64),
+            order: Order::default(),
         }
     }
 }
@@ -212,12 +216,13 @@ impl Source {
             description,
             spaces: spaces.to_vec(),
         };
+        let ledger = Ledger::new(spaces, config.order);
         Self {
             config,
             phase: SourcePhase::Joining,
             term,
             epoch: Epoch(1),
-            ledger: Ledger::new(spaces),
+            ledger,
             predictor: PausePredictor::new(),
             outputs: VecDeque::from([Output::Send(Message::Hello(hello))]),
             tracked: false,
@@ -306,7 +311,7 @@ impl Source {
     /// there is none, room or not.
     pub fn take_plan(&mut self, now: Now) -> Option<Plan> {
         match self.phase {
-            SourcePhase::Seeding | SourcePhase::Following => self.bulk_plan(),
+            SourcePhase::Seeding | SourcePhase::Following => self.bulk_plan(now),
             SourcePhase::Final => self.final_plan(now),
             _ => None,
         }
@@ -369,7 +374,7 @@ impl Source {
             self.config.harvest_every
         };
         self.next_harvest = now + pace;
-        self.ledger.owe(harvest);
+        self.ledger.owe(now, harvest);
         match self.phase {
             SourcePhase::Final => self.final_harvest(now),
             _ => self.consider_stop(now),
@@ -431,13 +436,13 @@ impl Source {
         Ok(())
     }
 
-    fn bulk_plan(&mut self) -> Option<Plan> {
+    fn bulk_plan(&mut self, now: Now) -> Option<Plan> {
         let room = self.ledger.batches_in_flight() < limits::BATCHES_IN_FLIGHT;
         // covered by: nothing_is_copied_before_writes_are_recorded
         if !self.tracked || !room || self.ledger.owed() == PageCount::ZERO {
             return None;
         }
-        let (batch, pages) = self.ledger.take(self.config.batch_pages);
+        let (batch, pages) = self.ledger.take(now, self.config.batch_pages, None);
         Some(Plan {
             batch,
             epoch: self.epoch,
@@ -570,8 +575,8 @@ impl Source {
     }
 
     /// Pages an audit found different are owed whole.
-    fn owe_audited(&mut self, pages: &[PageId]) {
-        self.ledger.owe_pages(pages);
+    fn owe_audited(&mut self, now: Now, pages: &[PageId]) {
+        self.ledger.owe_pages(now, pages);
         let few = pages.iter().take(8).copied().collect();
         self.outputs.push_back(Output::Event(Event::AuditFailed {
             pages: few,

@@ -290,7 +290,7 @@ impl Source {
             closing.audited = true;
             self.maybe_give_up(now);
         } else {
-            self.owe_audited(differing);
+            self.owe_audited(now, differing);
             self.withdraw(&format!(
                 "the audit found {} pages that were written but never harvested",
                 differing.len()
@@ -397,7 +397,7 @@ impl Source {
         }
     }
 
-    pub(super) fn final_plan(&mut self, _now: Now) -> Option<Plan> {
+    pub(super) fn final_plan(&mut self, now: Now) -> Option<Plan> {
         let audit = self.switching.as_ref().is_some_and(|switching| switching.options.audit);
         let closing = self.closing.as_mut()?;
         if closing.first_harvest.is_none() || closing.closing_batch.is_some() {
@@ -408,7 +408,7 @@ impl Source {
             return None;
         }
         let most = PageCount(limits::BATCH_PAGES as u64);
-        let (batch, pages) = self.ledger.take(most);
+        let (batch, pages) = self.ledger.take(now, most, None);
         let owed_after = self.ledger.owed();
         let close = if complete && owed_after == PageCount::ZERO {
             closing.closing_batch = Some(batch);
