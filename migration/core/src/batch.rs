@@ -175,6 +175,19 @@ struct Entry {
 }
 
 impl Batch {
+    /// The number of an encoded batch, without reading the rest.
+    pub fn number(bytes: &[u8]) -> Result<BatchId, Malformed> {
+        let mut reader = Reader::new(bytes);
+        if reader.u8("batch")? != MAGIC {
+            return Err(Malformed {
+                what: "batch mark",
+                at: 0,
+            });
+        }
+        reader.u8("batch flags")?;
+        Ok(BatchId(reader.u64("batch number")?))
+    }
+
     /// Read a batch. Every length is checked before it is believed.
     pub fn parse(bytes: &[u8]) -> Result<Self, Malformed> {
         let mut reader = Reader::new(bytes);

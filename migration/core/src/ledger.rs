@@ -209,6 +209,18 @@ impl Ledger {
         }
     }
 
+    /// The shadow holds every batch up to this one.
+    pub fn held_through(&mut self, through: BatchId) {
+        while let Some((&first, _)) = self.in_flight.first_key_value().filter(|(first, _)| **first <= through) {
+            self.held(first);
+        }
+    }
+
+    /// The newest batch that was taken; 0 before the first.
+    pub fn newest(&self) -> BatchId {
+        BatchId(self.next.0 - 1)
+    }
+
     /// This batch will never arrive: what it carried is owed again.
     pub fn lost(&mut self, now: Now, batch: BatchId) {
         for page in self.in_flight.remove(&batch).unwrap_or_default() {

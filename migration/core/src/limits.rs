@@ -36,14 +36,8 @@ pub const SPACE_RUNS: usize = 256;
 /// Most pages of one space: 16 TiB, and what a 32-bit page number on the wire can name.
 pub const SPACE_PAGES: u64 = 1 << 32;
 
-/// Most batches a source keeps unacknowledged: 256 MiB of pages at 64 a batch.
+/// Most batches a source has on their way: 256 MiB of pages at 64 a batch. Their bytes are bounded by what the shadow grants.
 pub const BATCHES_IN_FLIGHT: usize = 1024;
-
-/// Most batches acknowledged in one message.
-pub const HELD_AT_ONCE: usize = BATCHES_IN_FLIGHT;
-
-/// Most batches a shadow has applied beyond one that is missing: a correct source has fewer in flight.
-pub const BATCHES_BEYOND: usize = 2 * BATCHES_IN_FLIGHT;
 
 /// Most reasons a shadow gives against a switchover.
 pub const REASONS: usize = 32;

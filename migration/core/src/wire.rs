@@ -13,7 +13,7 @@ use crate::guest::{Space, StateRecord};
 use crate::limits;
 
 /// The protocol versions this build speaks, oldest first.
-pub const VERSIONS: &[u16] = &[1];
+pub const VERSIONS: &[u16] = &[2];
 
 /// How long each step of preparing took at the shadow, for the breakdown an operator sees. Microseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -35,11 +35,15 @@ pub enum Message {
     Welcome {
         /// One of the offered versions.
         version: u16,
+        /// Bytes of batches that may be on their way at once.
+        room: Bytes,
     },
-    /// Shadow: I hold these batches, applied and checked. Each is reported once: the channel loses nothing.
+    /// Shadow: I hold every batch up to this one, applied and checked. Cumulative: batches are applied in order.
     Held {
-        /// In the order they were applied.
-        batches: Vec<BatchId>,
+        /// The last one.
+        through: BatchId,
+        /// Bytes of batches beyond it that may be on their way.
+        room: Bytes,
     },
     /// Shadow: how complete I am, and everything that speaks against a switchover now (nothing, if empty).
     Readiness {
@@ -148,14 +152,11 @@ impl Message {
         let mut out = Writer::new();
         match self {
             Self::Hello(hello) => write_hello(hello, &mut out),
-            Self::Welcome { version } => {
-                out.u8(WELCOME).u16(*version);
+            Self::Welcome { version, room } => {
+                out.u8(WELCOME).u16(*version).u64(room.0);
             }
-            Self::Held { batches } => {
-                out.u8(HELD).u32(len(batches.len()));
-                batches.iter().for_each(|batch| {
-                    out.u64(batch.0);
-                });
+            Self::Held { through, room } => {
+                out.u8(HELD).u64(through.0).u64(room.0);
             }
             Self::Readiness { fresh, reasons } => {
                 out.u8(READINESS).u64(fresh.0).u32(len(reasons.len()));
@@ -206,14 +207,12 @@ impl Message {
             HELLO => Self::Hello(read_hello(&mut r)?),
             WELCOME => Self::Welcome {
                 version: r.u16("version")?,
+                room: Bytes(r.u64("room")?),
             },
-            HELD => {
-                let count = r.len_within(limits::HELD_AT_ONCE, "held count")?;
-                let batches = (0..count)
-                    .map(|_| r.u64("held batch").map(BatchId))
-                    .collect::<Result<_, _>>()?;
-                Self::Held { batches }
-            }
+            HELD => Self::Held {
+                through: BatchId(r.u64("held batch")?),
+                room: Bytes(r.u64("room")?),
+            },
             READINESS => {
                 let fresh = PageCount(r.u64("fresh pages")?);
                 let count = r.len_within(limits::REASONS, "reason count")?;
@@ -361,12 +360,19 @@ mod tests {
                 "01756d6272020000000100020001010101010101010101010101010101020202020202020202020202020202020300000000000000\
                  01000000070000006d616368696e6501000000010000000901000000000004000000000000000100000000000000000000000400000000000000",
             ),
-            (Message::Welcome { version: 1 }, "020100"),
+            (
+                Message::Welcome {
+                    version: 2,
+                    room: Bytes(6),
+                },
+                "0202000600000000000000",
+            ),
             (
                 Message::Held {
-                    batches: vec![BatchId(5)],
+                    through: BatchId(5),
+                    room: Bytes(6),
                 },
-                "03010000000500000000000000",
+                "0305000000000000000600000000000000",
             ),
             (
                 Message::Readiness {
@@ -440,14 +446,14 @@ mod tests {
 
     #[test]
     fn the_newest_common_version_is_chosen_or_both_sides_are_named() {
-        assert_eq!(hello().choose_version(), Ok(1));
+        assert_eq!(hello().choose_version(), Ok(2));
         let stranger = Hello {
             versions: vec![7, 8],
             ..hello()
         };
         assert_eq!(
             stranger.choose_version().unwrap_err(),
-            "no common protocol version: the source speaks [7, 8], this node speaks [1]"
+            "no common protocol version: the source speaks [7, 8], this node speaks [2]"
         );
     }
 

@@ -13,7 +13,7 @@ use umbra_core::guest::{Guest, GuestError, Harvest, PageBytes, PageReader, Space
 use umbra_core::phase::{ShadowPhase, SourcePhase};
 use umbra_core::predict::LinkFacts;
 use umbra_core::report::SwitchoverReport;
-use umbra_core::shadow::{self, Image, Shadow, ShadowConfig};
+use umbra_core::shadow::{self, Image, Sequence, Shadow, ShadowConfig};
 use umbra_core::source::{self, Encoder, Source, SourceConfig, SwitchoverOptions};
 use umbra_core::wire::Message;
 use umbra_units::{
@@ -179,6 +179,7 @@ struct Pair {
     source: Source,
     encoder: Encoder,
     shadow: Shadow,
+    sequence: Sequence<Vec<u8>>,
     image: Option<Image>,
     to_shadow: VecDeque<Vec<u8>>,
     batches: VecDeque<Vec<u8>>,
@@ -192,6 +193,10 @@ struct Pair {
 
 impl Pair {
     fn new(pages: u64) -> Self {
+        Self::with(pages, ShadowConfig::default())
+    }
+
+    fn with(pages: u64, config: ShadowConfig) -> Self {
         let (here, there) = (Toy::new(pages), Toy::new(pages));
         here.resume().unwrap();
         here.inner.lock().unwrap().number = 42;
@@ -208,7 +213,8 @@ impl Pair {
             there,
             source,
             encoder: Encoder::new(&spaces, Bytes::mib(1)),
-            shadow: Shadow::new(ShadowConfig::default()),
+            sequence: Sequence::new(config.window),
+            shadow: Shadow::new(config),
             image: None,
             to_shadow: VecDeque::new(),
             batches: VecDeque::new(),
@@ -295,18 +301,30 @@ impl Pair {
     }
 
     fn deliver(&mut self) -> bool {
-        let mut any = !(self.to_shadow.is_empty() && self.to_source.is_empty() && self.batches.is_empty());
+        let any = !self.batches.is_empty();
+        for bytes in std::mem::take(&mut self.batches) {
+            self.arrives(bytes);
+        }
+        any | self.deliver_messages()
+    }
+
+    fn deliver_messages(&mut self) -> bool {
+        let mut any = !(self.to_shadow.is_empty() && self.to_source.is_empty());
         for bytes in std::mem::take(&mut self.to_shadow) {
             self.shadow.handle_message(self.now, Message::decode(&bytes).unwrap());
         }
         any |= self.shadow_steps();
-        for bytes in std::mem::take(&mut self.batches) {
-            self.apply(&bytes);
-        }
         for message in std::mem::take(&mut self.to_source) {
             self.source.handle_message(self.now, message);
         }
         any
+    }
+
+    fn arrives(&mut self, bytes: Vec<u8>) {
+        self.sequence.arrived(bytes).unwrap();
+        while let Some(bytes) = self.sequence.take() {
+            self.apply(&bytes);
+        }
     }
 
     fn apply(&mut self, bytes: &[u8]) {
@@ -574,7 +592,7 @@ fn a_closing_batch_that_arrives_after_its_withdrawal_prepares_nothing() {
     pair.source.cancel_switchover().unwrap();
     let late = std::mem::take(&mut pair.batches);
     pair.settle();
-    late.iter().for_each(|bytes| pair.apply(bytes));
+    late.into_iter().for_each(|bytes| pair.arrives(bytes));
     pair.settle();
     assert_eq!(pair.shadow.phase(), ShadowPhase::Following);
     switchover(&mut pair, SwitchoverOptions::default());
@@ -582,10 +600,7 @@ fn a_closing_batch_that_arrives_after_its_withdrawal_prepares_nothing() {
 }
 
 #[test]
-fn a_late_copy_of_an_old_page_is_ignored() {
-    let guest = Toy::new(4);
-    let spaces = guest.spaces();
-    let mut image = Image::new(&spaces);
+fn batches_are_applied_in_their_order_or_not_at_all() {
     let mut pair = Pair::new(4);
     let batch_of = |pair: &mut Pair, byte| {
         pair.here.write(1, byte);
@@ -596,10 +611,93 @@ fn a_late_copy_of_an_old_page_is_ignored() {
     };
     pair.settle();
     let (older, newer) = (batch_of(&mut pair, 1), batch_of(&mut pair, 2));
-    for bytes in [&newer, &older, &newer] {
-        image.apply(Batch::parse(bytes).unwrap(), &guest).unwrap();
+    let Pair { image, there, .. } = &mut pair;
+    let image = image.as_mut().unwrap();
+    let mut apply = |bytes: &[u8]| image.apply(Batch::parse(bytes).unwrap(), there);
+    assert!(apply(&newer).is_err(), "the one before is missing");
+    apply(&older).unwrap();
+    assert!(apply(&older).is_err(), "a second time");
+    apply(&newer).unwrap();
+    assert_eq!(there.memory()[PAGE_SIZE], 2);
+}
+
+#[test]
+fn batches_that_overtake_each_other_are_put_in_order_and_the_source_hears_so() {
+    let mut pair = Pair::new(2_000);
+    (0..1_500).for_each(|page| pair.here.write(page, 1));
+    while pair.batches.len() < 5 {
+        pair.source_steps();
+        pair.ship();
+        pair.deliver_messages();
     }
-    assert_eq!(guest.memory()[PAGE_SIZE], 2);
+    let mut flying: Vec<_> = std::mem::take(&mut pair.batches).into();
+    let first = flying.remove(0);
+    flying.into_iter().rev().for_each(|bytes| pair.arrives(bytes));
+    assert_eq!(pair.shadow.status().counts.total(), 0, "all of them wait for the first");
+    pair.arrives(first);
+    pair.run_for(Duration::from_secs(1));
+    assert_eq!(pair.here.memory(), pair.there.memory());
+    assert_eq!(pair.source.status().debt, PageCount::ZERO);
+}
+
+#[test]
+fn no_more_is_on_its_way_than_the_shadow_granted_in_the_final_epoch_too() {
+    let window = Bytes::kib(600);
+    let config = ShadowConfig {
+        window,
+        ..ShadowConfig::default()
+    };
+    let mut pair = Pair::with(2_000, config);
+    let mut most = 0;
+    (0..1_500).for_each(|page| pair.here.write(page, u8::try_from(page % 250 + 1).unwrap()));
+    let noise = |pair: &Pair, seed| {
+        let mut rng = umbra_units::Rng::new(seed);
+        rng.fill(&mut pair.here.inner.lock().unwrap().memory[..1_500 * PAGE_SIZE]);
+        pair.here.inner.lock().unwrap().dirty.extend(0..1_500);
+    };
+    noise(&pair, 1);
+    for round in 0..200 {
+        pair.source_steps();
+        pair.ship();
+        let outstanding: usize = pair.batches.iter().map(Vec::len).sum();
+        most = most.max(outstanding);
+        assert!(
+            Bytes::of_len(outstanding) <= window,
+            "{outstanding} bytes are on their way"
+        );
+        pair.deliver();
+        pair.shadow_steps();
+        pair.now = pair.now + Duration::from_millis(3);
+        pair.source.handle_time(pair.now);
+        pair.shadow.handle_time(pair.now);
+        if round == 60 {
+            noise(&pair, 2);
+            let options = SwitchoverOptions {
+                downtime_limit: Duration::from_secs(60),
+                ..SwitchoverOptions::default()
+            };
+            pair.source.switchover(pair.now, options).unwrap();
+        }
+    }
+    assert!(most > 400 << 10, "the window was used: {most}");
+    assert!(pair.there.runs());
+    assert_eq!(pair.here.memory(), pair.there.memory());
+}
+
+#[test]
+fn a_shadow_that_holds_what_was_never_made_ends_the_session() {
+    let mut pair = following(10);
+    let (through, room) = (umbra_units::BatchId(1_000), Bytes::mib(1));
+    pair.source.handle_message(pair.now, Message::Held { through, room });
+    pair.source_steps();
+    assert!(matches!(
+        &pair.source_end,
+        Some(source::Outcome::Stayed {
+            fault: Some(Fault::PeerMisbehaved(_)),
+            ..
+        })
+    ));
+    assert!(pair.here.runs());
 }
 
 #[test]
@@ -674,7 +772,9 @@ fn number(byte: u8) -> Vec<StateRecord> {
 fn nothing_is_copied_before_writes_are_recorded() {
     // A page copied before recording began was written again in between, and nobody ever knew.
     let mut pair = Pair::new(10);
-    pair.source.handle_message(pair.now, Message::Welcome { version: 1 });
+    let room = Bytes::mib(1);
+    pair.source
+        .handle_message(pair.now, Message::Welcome { version: 2, room });
     assert_eq!(pair.source.take_plan(pair.now), None);
     pair.source.handle_tracked(pair.now, &Harvest::default());
     assert_eq!(pair.source.take_plan(pair.now).unwrap().pages.len(), 10);

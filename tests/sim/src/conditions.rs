@@ -214,6 +214,7 @@ impl Conditions {
             shadow: ShadowConfig {
                 complete_at: Ratio::new(0.9 * node.unit()).expect("a share"),
                 gather: log_uniform(&mut node, 100, 20_000),
+                window: [Bytes::kib(64), Bytes::mib(1), Bytes::mib(64)][pick(&mut node, 3)],
             },
             cache: [Bytes::ZERO, Bytes::kib(16), Bytes::mib(64)][pick(&mut node, 3)],
             compress: node.chance(0.5),

@@ -11,7 +11,7 @@ use umbra_core::event::Event;
 use umbra_core::guest::{Guest, Harvest, Space, StateRecord};
 use umbra_core::phase::{ShadowPhase, SourcePhase};
 use umbra_core::predict::LinkFacts;
-use umbra_core::shadow::{self, Applied, Image, Shadow};
+use umbra_core::shadow::{self, Applied, Image, Sequence, Shadow};
 use umbra_core::source::{self, Encoder, Plan, Source};
 use umbra_core::wire::Message;
 use umbra_paths::Class;
@@ -542,6 +542,7 @@ pub(crate) struct ShadowEnd {
     pub(crate) host: Host,
     pub(crate) shadow: Shadow,
     pub(crate) twin: Option<Arc<FakeGuest>>,
+    sequence: Sequence<Arrived>,
     image: Option<Image>,
     hand: Hand<ShadowWork, ShadowAnswer>,
     applying: usize,
@@ -557,7 +558,20 @@ pub(crate) struct ShadowEnd {
 #[derive(Debug)]
 enum ShadowWork {
     Step(shadow::Step),
-    Apply(Now, Bytes),
+    Apply(Arrived),
+}
+
+/// A batch that arrived at this moment.
+#[derive(Debug)]
+struct Arrived {
+    at: Now,
+    bytes: Bytes,
+}
+
+impl AsRef<[u8]> for Arrived {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 #[derive(Debug)]
@@ -576,6 +590,7 @@ impl ShadowEnd {
             host,
             shadow: Shadow::new(conditions.shadow.clone()),
             twin: None,
+            sequence: Sequence::new(conditions.shadow.window),
             image: None,
             hand: Hand::new(),
             applying: 0,
@@ -744,7 +759,7 @@ impl ShadowEnd {
     fn work_on(&mut self, a: &mut Around<'_>, work: ShadowWork, twin: &Arc<FakeGuest>) -> ShadowAnswer {
         let image = self.image.as_mut().expect("built with the twin");
         match work {
-            ShadowWork::Apply(arrived, bytes) => {
+            ShadowWork::Apply(Arrived { at, bytes }) => {
                 let applied = Batch::parse(&bytes)
                     .map_err(Fault::from)
                     .and_then(|batch| image.apply(batch, &**twin));
@@ -753,12 +768,9 @@ impl ShadowEnd {
                         a.oracle.tally.batches += 1;
                         a.say(End::Shadow, "applied", || {
                             let closes = if applied.close.is_some() { ", closes" } else { "" };
-                            format!(
-                                "batch {}, epoch {}, through {}{closes}",
-                                applied.id, applied.epoch, applied.through
-                            )
+                            format!("batch {}, epoch {}{closes}", applied.id, applied.epoch)
                         });
-                        ShadowAnswer::Applied(arrived, Box::new(applied))
+                        ShadowAnswer::Applied(at, Box::new(applied))
                     }
                     Err(fault) => ShadowAnswer::Failed(fault),
                 }
@@ -817,8 +829,16 @@ impl ShadowEnd {
                 Err(malformed) => a.oracle.broken("wire", malformed.to_string()),
             },
             Arrival::Block(bytes) => {
-                self.applying += 1;
-                self.hand.give(ShadowWork::Apply(a.now, bytes));
+                let arrived = Arrived { at: a.now, bytes };
+                if let Err(fault) = self.sequence.arrived(arrived) {
+                    return self.shadow.handle_failed(fault);
+                }
+                let before = self.applying;
+                while let Some(batch) = self.sequence.take() {
+                    self.applying += 1;
+                    self.hand.give(ShadowWork::Apply(batch));
+                }
+                a.oracle.tally.overtaken += u64::from(self.applying == before);
             }
             Arrival::Up(up) => self.shadow.handle_link_up(up),
             Arrival::Lost => {
@@ -839,10 +859,6 @@ impl ShadowEnd {
 fn brief(message: &Message) -> String {
     match message {
         Message::Hello(hello) => format!("Hello in term {}", hello.term),
-        Message::Held { batches } => {
-            let numbers: Vec<String> = batches.iter().map(ToString::to_string).collect();
-            format!("Held {}", numbers.join(" "))
-        }
         other => format!("{other:?}"),
     }
 }

@@ -69,6 +69,8 @@ tally! {
     died: "guests that died with their node",
     /// Batches applied.
     batches: "batches applied",
+    /// Batches that arrived before their turn.
+    overtaken: "batches before their turn",
     /// Pages shipped whole.
     raw: "pages raw",
     /// Pages shipped as deltas.

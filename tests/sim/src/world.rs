@@ -600,7 +600,8 @@ impl World {
             self.settle();
         } else if self.with_source(|it| it.source.phase() == SourcePhase::Following) == Some(true) {
             let generous = SwitchoverOptions {
-                downtime_limit: PATIENCE,
+                // Whatever is predicted over a link that carried next to nothing.
+                downtime_limit: Duration::from_secs(3600),
                 timeout: PATIENCE,
                 pause_limit: PATIENCE,
                 audit: self.conditions.audits,

@@ -31,6 +31,7 @@ fn in_hundreds_of_drawn_worlds_no_rule_breaks_and_everything_ends_well() {
         ("failed steps", tally.failed_steps),
         ("audits failed", tally.audits_failed),
         ("links down", tally.links_down),
+        ("overtaken", tally.overtaken),
         ("settled", tally.settled),
         ("over real links", tally.over_links),
     ] {

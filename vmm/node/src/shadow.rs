@@ -10,7 +10,7 @@ use umbra_core::error::Fault;
 use umbra_core::event::Event;
 use umbra_core::guest::{Guest, GuestBuilder, Space, StateRecord};
 use umbra_core::phase::ShadowPhase;
-use umbra_core::shadow::{Applied, Image, Outcome, Output, Shadow, ShadowConfig, ShadowStatus, Step};
+use umbra_core::shadow::{Applied, Image, Outcome, Output, Sequence, Shadow, ShadowConfig, ShadowStatus, Step};
 use umbra_core::wire::Message;
 use umbra_paths::{LinkConfig, LinkEvent};
 use umbra_quic::{Incoming, LinkReceiver, LinkSender, Listener, Refusal, Stats};
@@ -210,6 +210,7 @@ impl ShadowNode {
         let twin_hand = start_twin_hand(Arc::clone(&self.builder), clock, answer)?;
         let (sender, mut link) = incoming.accept(LinkConfig::default()).split();
         let mut session = ShadowTask {
+            sequence: Sequence::new(self.config.window),
             shadow: Shadow::new(self.config.clone()),
             mouth: Mouth::start(sender.clone()),
             sender,
@@ -247,8 +248,19 @@ impl ShadowNode {
 /// What the twin's hand is given.
 enum Work {
     Step(Step),
-    /// A batch that arrived at this moment.
-    Apply(Now, bytes::Bytes),
+    Apply(Arrived),
+}
+
+/// A batch that arrived at this moment.
+struct Arrived {
+    at: Now,
+    bytes: bytes::Bytes,
+}
+
+impl AsRef<[u8]> for Arrived {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
 }
 
 /// What the twin's hand answers.
@@ -280,8 +292,8 @@ fn start_twin_hand(
             return begin(&*builder, work, &mut twin);
         };
         Some(match work {
-            Work::Apply(arrived, bytes) => match twin.apply(&bytes) {
-                Ok(applied) => Answer::Applied(arrived, applied),
+            Work::Apply(Arrived { at, bytes }) => match twin.apply(&bytes) {
+                Ok(applied) => Answer::Applied(at, applied),
                 Err(fault) => Answer::Failed(fault),
             },
             Work::Step(Step::Build(..)) => Answer::Failed(Fault::PeerMisbehaved("it described two guests".to_owned())),
@@ -346,6 +358,8 @@ async fn linger(mut listener: Listener, (mouth, mut link): (Mouth, LinkReceiver)
 
 struct ShadowTask {
     shadow: Shadow,
+    /// Batches that came before their turn.
+    sequence: Sequence<Arrived>,
     sender: LinkSender,
     mouth: Mouth,
     twin_hand: Hand<Work>,
@@ -402,8 +416,13 @@ impl ShadowTask {
                 Err(malformed) => self.shadow.handle_failed(malformed.into()),
             },
             News::Link(LinkEvent::Block { bytes, .. }) => {
-                self.applying += 1;
-                self.twin_hand.give(Work::Apply(now, bytes));
+                if let Err(fault) = self.sequence.arrived(Arrived { at: now, bytes }) {
+                    return self.shadow.handle_failed(fault);
+                }
+                while let Some(batch) = self.sequence.take() {
+                    self.applying += 1;
+                    self.twin_hand.give(Work::Apply(batch));
+                }
             }
             News::Link(LinkEvent::AllPathsDown) => self.shadow.handle_link_up(false),
             News::Link(LinkEvent::Restored) => self.shadow.handle_link_up(true),

@@ -1,18 +1,18 @@
-//! What the shadow holds: which batch each page is from, its hash, and the digest of them all.
+//! What the shadow holds: the hash of each page, and the digest of them all.
 //!
-//! Batches arrive in any order, because they travel over several paths. A page copy is as old as its batch's number, and
-//! an old copy never overwrites a newer one. Every copy is checked against the hash that travelled with it, after
-//! decoding and before it is written: a mixture is impossible, a corruption has a page number.
+//! Batches are applied in the order they were made ([`Sequence`](super::Sequence) sees to it), so each page is at any time
+//! what the newest batch that carried it says, and the encoder may lean on all of them. Every copy is checked against the
+//! hash that travelled with it, after decoding and before it is written: a mixture is impossible, a corruption has a page
+//! number.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use umbra_units::{BatchId, Epoch, PAGE_SIZE, PageCount, PageId, SpaceId};
+use umbra_units::{BatchId, Epoch, PAGE_SIZE, PageId, SpaceId};
 
 use crate::batch::{Batch, Close, PageCounts};
 use crate::digest::{Digest, PageHash};
 use crate::error::Fault;
 use crate::guest::{Guest, PageBytes, Space};
-use crate::limits;
 use crate::page::{Encoding, apply_delta};
 
 /// What applying one batch did, for the state machine.
@@ -28,8 +28,6 @@ pub struct Applied {
     pub counts: PageCounts,
     /// What closes the epoch, if this batch does.
     pub close: Option<Close>,
-    /// Every batch up to and including this one has been applied by now.
-    pub through: BatchId,
     /// The digest of all memory by now.
     pub digest: Digest,
 }
@@ -37,23 +35,15 @@ pub struct Applied {
 /// The shadow's tables. One thread applies at a time.
 #[derive(Debug)]
 pub struct Image {
-    spaces: BTreeMap<SpaceId, Vec<Held>>,
+    /// The hash of each page.
+    spaces: BTreeMap<SpaceId, Vec<PageHash>>,
     digest: Digest,
     /// Every batch up to and including this one has been applied.
     through: BatchId,
-    /// Batches beyond `through` that have been applied; bounded by [`limits::BATCHES_BEYOND`].
-    beyond: BTreeSet<BatchId>,
     /// The newest epoch of which a page was applied.
     newest: Epoch,
     /// The guest runs from this image, or is about to: nothing may be written to it any more.
     sealed: bool,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Held {
-    /// The batch the content is from; 0: never written.
-    batch: u64,
-    hash: PageHash,
 }
 
 impl Image {
@@ -61,22 +51,12 @@ impl Image {
     pub fn new(spaces: &[Space]) -> Self {
         let table = |space: &Space| {
             let pages = usize::try_from(space.pages.0).expect("a mapped space fits the address space");
-            (
-                space.id,
-                vec![
-                    Held {
-                        batch: 0,
-                        hash: PageHash::zero()
-                    };
-                    pages
-                ],
-            )
+            (space.id, vec![PageHash::zero(); pages])
         };
         Self {
             spaces: spaces.iter().map(table).collect(),
             digest: Digest::ZEROS,
             through: BatchId(0),
-            beyond: BTreeSet::new(),
             newest: Epoch(0),
             sealed: false,
         }
@@ -106,110 +86,82 @@ impl Image {
         self.through
     }
 
-    /// Whether this batch has been applied already.
-    pub fn has(&self, batch: BatchId) -> bool {
-        batch <= self.through || self.beyond.contains(&batch)
-    }
-
-    /// Write a batch's pages into `guest`. A batch that was applied before is harmless.
+    /// Write the next batch's pages into `guest`.
     pub fn apply(&mut self, batch: Batch, guest: &dyn Guest) -> Result<Applied, Fault> {
+        if self.sealed {
+            let text = format!("batch {} came too late: the guest runs here", batch.id);
+            return Err(Fault::Host(text));
+        }
+        // covered by: batches_are_applied_in_their_order_or_not_at_all
+        if batch.id != self.through.next() {
+            return Err(Fault::PeerMisbehaved(format!(
+                "batch {} does not follow batch {}",
+                batch.id, self.through
+            )));
+        }
+        self.newest = self.newest.max(batch.epoch);
         let mut counts = PageCounts::default();
-        if !self.has(batch.id) {
-            if self.sealed {
-                let text = format!("batch {} came too late: the guest runs here", batch.id);
-                return Err(Fault::Host(text));
-            }
-            self.newest = self.newest.max(batch.epoch);
-            let mut page = [0; PAGE_SIZE];
-            for (id, encoding, hash, bytes) in batch.pages() {
-                self.apply_page(batch.id, id, encoding, hash, bytes, &mut page, guest)?;
-                match encoding {
-                    Encoding::Zero => counts.zero += 1,
-                    Encoding::Delta => counts.delta += 1,
-                    Encoding::Raw => counts.raw += 1,
+        let mut page = [0; PAGE_SIZE];
+        for (id, encoding, hash, bytes) in batch.pages() {
+            let old = self
+                .hash(id)
+                .ok_or_else(|| Fault::PeerMisbehaved(format!("it sent {id}, which the guest does not have")))?;
+            match encoding {
+                Encoding::Zero => page.fill(0),
+                Encoding::Raw => page.copy_from_slice(bytes),
+                Encoding::Delta => {
+                    guest.read_page(id, &mut page)?;
+                    apply_delta(&mut page, bytes)?;
                 }
             }
-            self.note(batch.id)?;
+            self.write(id, old, hash, &page, batch.id, guest)?;
+            match encoding {
+                Encoding::Zero => counts.zero += 1,
+                Encoding::Delta => counts.delta += 1,
+                Encoding::Raw => counts.raw += 1,
+            }
         }
+        self.through = batch.id;
         Ok(Applied {
             id: batch.id,
             epoch: batch.epoch,
             owed: batch.owed,
             counts,
             close: batch.close,
-            through: self.through,
             digest: self.digest,
         })
     }
 
     /// Compare memory itself with the table, page by page. Answers the pages that differ.
     pub fn audit(&self, guest: &dyn Guest) -> Result<Vec<PageId>, Fault> {
-        crate::audit::differing(guest, |page| self.held(page).map(|held| held.hash))
+        crate::audit::differing(guest, |page| self.hash(page))
     }
 
-    /// Pages this shadow has ever been sent.
-    pub fn touched(&self) -> PageCount {
-        PageCount(self.spaces.values().flatten().filter(|held| held.batch != 0).count() as u64)
-    }
-
-    fn held(&self, page: PageId) -> Option<Held> {
+    fn hash(&self, page: PageId) -> Option<PageHash> {
         self.spaces
             .get(&page.space)?
             .get(usize::try_from(page.pfn.0).ok()?)
             .copied()
     }
 
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "one page's facts, used once; a struct would only rename them"
-    )]
-    fn apply_page(
+    fn write(
         &mut self,
-        batch: BatchId,
         id: PageId,
-        encoding: Encoding,
+        old: PageHash,
         hash: PageHash,
-        bytes: &[u8],
-        page: &mut PageBytes,
+        page: &PageBytes,
+        batch: BatchId,
         guest: &dyn Guest,
     ) -> Result<(), Fault> {
-        let held = self
-            .held(id)
-            .ok_or_else(|| Fault::PeerMisbehaved(format!("it sent {id}, which the guest does not have")))?;
-        if held.batch > batch.0 {
-            return Ok(()); // covered by: a_late_copy_of_an_old_page_is_ignored
-        }
-        match encoding {
-            Encoding::Zero => page.fill(0),
-            Encoding::Raw => page.copy_from_slice(bytes),
-            Encoding::Delta => {
-                guest.read_page(id, page)?;
-                apply_delta(page, bytes)?;
-            }
-        }
         if PageHash::of(page) != hash {
             return Err(Fault::PeerMisbehaved(format!(
                 "{id} of batch {batch} does not match its hash"
             )));
         }
         guest.apply_page(id, page)?;
-        self.digest.change(id, held.hash, hash);
-        let index = usize::try_from(id.pfn.0).expect("found above");
-        self.spaces.get_mut(&id.space).expect("found above")[index] = Held { batch: batch.0, hash };
-        Ok(())
-    }
-
-    fn note(&mut self, batch: BatchId) -> Result<(), Fault> {
-        self.beyond.insert(batch);
-        while self.beyond.remove(&self.through.next()) {
-            self.through = self.through.next();
-        }
-        if self.beyond.len() > limits::BATCHES_BEYOND {
-            return Err(Fault::PeerMisbehaved(format!(
-                "batch {} never came, but {batch} did",
-                self.through.next()
-            )));
-        }
+        self.digest.change(id, old, hash);
+        let index = usize::try_from(id.pfn.0).expect("found by its caller");
+        self.spaces.get_mut(&id.space).expect("found by its caller")[index] = hash;
         Ok(())
     }
 }

@@ -13,13 +13,15 @@
 //! falls silent while the shadow is prepared, it waits: only a *go* or an operator's word ([`Shadow::vouch`]) starts it.
 
 mod image;
+mod sequence;
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use umbra_units::{BatchId, Epoch, Now, PageCount, PageId, Ratio, Term};
+use umbra_units::{BatchId, Bytes, Epoch, Now, PageCount, PageId, Ratio, Term};
 
 pub use image::{Applied, Image};
+pub use sequence::Sequence;
 
 use crate::batch::{Close, PageCounts};
 use crate::error::{Fault, Refused};
@@ -35,6 +37,8 @@ pub struct ShadowConfig {
     pub complete_at: Ratio,
     /// How long acknowledgements may be gathered into one message.
     pub gather: Duration,
+    /// Bytes of batches that may be on their way to this shadow or wait here to be applied.
+    pub window: Bytes,
 }
 
 impl Default for ShadowConfig {
@@ -42,12 +46,16 @@ impl Default for ShadowConfig {
         Self {
             complete_at: Ratio::new(0.9).expect("a share"),
             gather: Duration::from_millis(2),
+            window: DEFAULT_WINDOW,
         }
     }
 }
 
-/// So many acknowledgements are sent at once without waiting for more.
-const GATHERED: usize = 16;
+/// As much as the link itself holds for a reader that is behind.
+const DEFAULT_WINDOW: Bytes = Bytes::mib(64);
+
+/// So many batches are acknowledged at once without waiting for more.
+const GATHERED: u64 = 16;
 
 /// Something the node must do to the guest's twin. Steps are done one after the other, in the order they came; each is
 /// answered by the `handle_*` it names.
@@ -113,10 +121,12 @@ pub struct Shadow {
     hello: Option<Hello>,
     pages: PageCount,
     /// Pages the source still owed when it made the newest batch that has been applied.
-    owed: Option<(BatchId, PageCount)>,
+    owed: Option<PageCount>,
+    /// Every batch up to this one was applied, and up to that one acknowledged.
     through: BatchId,
+    acknowledged: BatchId,
     counts: PageCounts,
-    held: Vec<BatchId>,
+    /// When the first batch that is not acknowledged was applied.
     held_since: Option<Now>,
     reasons: Option<Vec<String>>,
     closing: Option<Closing>,
@@ -130,7 +140,6 @@ pub struct Shadow {
 #[derive(Debug)]
 struct Closing {
     epoch: Epoch,
-    batch: BatchId,
     close: Close,
     arrived: Now,
     /// When everything was applied; verification begins.
@@ -150,8 +159,8 @@ impl Shadow {
             pages: PageCount::ZERO,
             owed: None,
             through: BatchId(0),
+            acknowledged: BatchId(0),
             counts: PageCounts::default(),
-            held: Vec::new(),
             held_since: None,
             reasons: None,
             closing: None,
@@ -229,18 +238,16 @@ impl Shadow {
         };
         if self.make(ShadowPhase::built).is_ok() {
             self.pages = spaces.iter().map(Space::present_pages).sum();
-            self.outputs.push_back(Output::Send(Message::Welcome { version }));
+            let room = self.config.window;
+            self.outputs.push_back(Output::Send(Message::Welcome { version, room }));
         }
     }
 
-    /// A batch that `arrived` then was applied by now.
+    /// A batch that `arrived` then was applied by now. Batches are applied in the order of their numbers: see [`Sequence`].
     pub fn handle_applied(&mut self, now: Now, arrived: Now, applied: Applied) {
         self.counts.add(&applied.counts);
-        self.through = applied.through;
-        if self.owed.is_none_or(|(newest, _)| newest < applied.id) {
-            self.owed = Some((applied.id, PageCount(applied.owed)));
-        }
-        self.held.push(applied.id);
+        self.through = applied.id;
+        self.owed = Some(PageCount(applied.owed));
         self.held_since.get_or_insert(now);
         // The source only goes on to the next epoch when it has taken back the last: its word to say so may be late.
         // covered by: a_page_of_the_next_epoch_takes_the_last_one_back
@@ -253,22 +260,19 @@ impl Shadow {
                 .close
                 .filter(|_| self.withdrawn.is_none_or(|epoch| applied.epoch > epoch))
             {
-                let (epoch, batch) = (applied.epoch, applied.id);
-                let times = PrepareTimes::default();
                 self.closing = Some(Closing {
-                    epoch,
-                    batch,
+                    epoch: applied.epoch,
                     close,
                     arrived,
                     whole: None,
                     verified: None,
-                    times,
+                    times: PrepareTimes::default(),
                 });
+                self.whole(now, applied.digest);
             }
-            self.maybe_whole(now, applied.digest);
             self.judge();
         }
-        if self.held.len() >= GATHERED {
+        if self.through.0 - self.acknowledged.0 >= GATHERED {
             self.acknowledge();
         }
     }
@@ -391,11 +395,9 @@ impl Shadow {
         self.hello = Some(hello);
     }
 
-    /// If the final epoch is whole, verify it and load its state.
-    fn maybe_whole(&mut self, now: Now, digest: crate::digest::Digest) {
-        let Some(closing) = self.closing.as_mut().filter(|closing| self.through >= closing.batch) else {
-            return;
-        };
+    /// The final epoch is whole: verify it and load its state.
+    fn whole(&mut self, now: Now, digest: crate::digest::Digest) {
+        let Some(closing) = &mut self.closing else { return };
         closing.whole = Some(now);
         closing.times.apply_us = micros(Some(closing.arrived), now);
         let (epoch, close) = (closing.epoch, closing.close.clone());
@@ -465,16 +467,19 @@ impl Shadow {
 
     fn acknowledge(&mut self) {
         self.held_since = None;
-        if !self.held.is_empty() {
-            let batches = std::mem::take(&mut self.held);
-            self.outputs.push_back(Output::Send(Message::Held { batches }));
+        if self.acknowledged < self.through {
+            self.acknowledged = self.through;
+            self.outputs.push_back(Output::Send(Message::Held {
+                through: self.through,
+                room: self.config.window,
+            }));
         }
     }
 
     fn complete(&self) -> Ratio {
         match self.owed {
             None => Ratio::NONE,
-            Some((_, owed)) => Ratio::of(self.pages.0.saturating_sub(owed.0), self.pages.0),
+            Some(owed) => Ratio::of(self.pages.0.saturating_sub(owed.0), self.pages.0),
         }
     }
 
@@ -495,7 +500,7 @@ impl Shadow {
             .as_ref()
             .is_none_or(|before| before.is_empty() != reasons.is_empty());
         if verdict_changed {
-            let owed = self.owed.map_or(self.pages, |(_, owed)| owed);
+            let owed = self.owed.unwrap_or(self.pages);
             let fresh = PageCount(self.pages.0.saturating_sub(owed.0));
             self.outputs.push_back(Output::Send(Message::Readiness {
                 fresh,

@@ -22,6 +22,7 @@
 
 mod encoder;
 mod switchover;
+mod window;
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -36,13 +37,13 @@ use crate::error::{Fault, Refused};
 use crate::event::Event;
 use crate::guest::{Harvest, Space, StateRecord};
 use crate::ledger::{Ledger, Owed};
-use crate::limits;
 use crate::order::Order;
 use crate::phase::SourcePhase;
 use crate::predict::{LinkFacts, PausePredictor};
 use crate::report::SwitchoverReport;
 use crate::wire::{Hello, Message, VERSIONS};
 use switchover::{Due, Final, Switching};
+use window::Window;
 
 /// How a source behaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -176,6 +177,7 @@ pub struct Source {
     term: Term,
     epoch: Epoch,
     ledger: Ledger,
+    window: Window,
     predictor: PausePredictor,
     outputs: VecDeque<Output>,
     /// Whether writes are being recorded. A page copied before that could be written again unseen.
@@ -223,6 +225,7 @@ impl Source {
             term,
             epoch: Epoch(1),
             ledger,
+            window: Window::default(),
             predictor: PausePredictor::new(),
             outputs: VecDeque::from([Output::Send(Message::Hello(hello))]),
             tracked: false,
@@ -321,6 +324,7 @@ impl Source {
     pub fn handle_encoded(&mut self, now: Now, batch: BatchId, bytes: Bytes, counts: PageCounts) {
         self.counts.add(&counts);
         self.shipped += bytes;
+        self.window.encoded(batch, bytes);
         self.predictor.encoded(counts.total() - counts.same, bytes);
         if let Some(closing) = &mut self.closing {
             closing.encoded(now, batch, bytes, counts);
@@ -330,11 +334,8 @@ impl Source {
     /// The shadow said something.
     pub fn handle_message(&mut self, now: Now, message: Message) {
         match message {
-            Message::Welcome { version } => self.welcomed(now, version),
-            Message::Held { batches } => {
-                batches.into_iter().for_each(|batch| self.ledger.held(batch));
-                self.progressed(now);
-            }
+            Message::Welcome { version, room } => self.welcomed(now, version, room),
+            Message::Held { through, room } => self.held(now, through, room),
             Message::Readiness { reasons, .. } => {
                 self.outputs.push_back(Output::Event(Event::ReadinessChanged {
                     reasons: reasons.clone(),
@@ -437,12 +438,13 @@ impl Source {
     }
 
     fn bulk_plan(&mut self, now: Now) -> Option<Plan> {
-        let room = self.ledger.batches_in_flight() < limits::BATCHES_IN_FLIGHT;
+        let room = self.window.takes(self.config.batch_pages.0, Bytes::ZERO);
         // covered by: nothing_is_copied_before_writes_are_recorded
         if !self.tracked || !room || self.ledger.owed() == PageCount::ZERO {
             return None;
         }
         let (batch, pages) = self.ledger.take(now, self.config.batch_pages, None);
+        self.window.planned(batch, pages.len() as u64, Bytes::ZERO);
         Some(Plan {
             batch,
             epoch: self.epoch,
@@ -454,7 +456,7 @@ impl Source {
         })
     }
 
-    fn welcomed(&mut self, now: Now, version: u16) {
+    fn welcomed(&mut self, now: Now, version: u16, room: Bytes) {
         if !VERSIONS.contains(&version) {
             let text = format!("it chose protocol version {version}, which was not offered");
             return self.end_by(Fault::PeerMisbehaved(text));
@@ -462,9 +464,21 @@ impl Source {
         if self.make(SourcePhase::welcomed).is_err() {
             return self.end_by(Fault::PeerMisbehaved("it said welcome twice".to_owned()));
         }
+        self.window.grant(room);
         self.outputs.push_back(Output::Do(Step::Track));
         self.next_harvest = now;
         self.ask_harvest();
+    }
+
+    fn held(&mut self, now: Now, through: BatchId, room: Bytes) {
+        if through > self.ledger.newest() {
+            let text = format!("it holds batch {through}, which was never made");
+            return self.end_by(Fault::PeerMisbehaved(text));
+        }
+        self.ledger.held_through(through);
+        self.window.applied(through);
+        self.window.grant(room);
+        self.progressed(now);
     }
 
     /// Acknowledgements came in: seeding may be over, a round may be over.

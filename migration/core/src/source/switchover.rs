@@ -408,7 +408,12 @@ impl Source {
             return None;
         }
         let most = PageCount(limits::BATCH_PAGES as u64);
+        let state = closing.state_bytes;
+        if !self.window.takes(most.0, state) {
+            return None;
+        }
         let (batch, pages) = self.ledger.take(now, most, None);
+        self.window.planned(batch, pages.len() as u64, state);
         let owed_after = self.ledger.owed();
         let close = if complete && owed_after == PageCount::ZERO {
             closing.closing_batch = Some(batch);
