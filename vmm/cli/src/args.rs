@@ -7,7 +7,7 @@ use core::time::Duration;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
-use umbra_machine::{Backing, HugePages};
+use umbra_machine::{Backing, DirtyLog, HugePages, RingEntries};
 use umbra_quic::{ListenSpec, PathSpec};
 use umbra_units::Bytes;
 
@@ -251,8 +251,32 @@ pub(crate) struct ProcessArgs {
     /// Write every event, one JSON object per line, to a file, a FIFO or an open file descriptor
     #[arg(long, value_name = Monitor::SYNTAX, value_parser = Monitor::parse)]
     pub(crate) event_monitor: Option<Monitor>,
+    /// How the guest's writes are recorded while it has a shadow; auto measures which is cheaper here
+    #[arg(long, value_name = DIRTY_LOG, value_parser = dirty_log, default_value = "auto")]
+    pub(crate) dirty_log: DirtyLog,
     #[command(flatten)]
     pub(crate) confine: ConfineArgs,
+}
+
+/// `--dirty-log`.
+const DIRTY_LOG: &str = "auto|bitmap|ring[,entries=N]";
+
+fn dirty_log(text: &str) -> Result<DirtyLog, BadValue> {
+    let fields = Fields::of(text, &["log", "entries"])?;
+    let log = fields.read("log", |_, text| Ok(text))?;
+    let entries = fields.read("entries", |key, text| {
+        let entries: u32 = text.parse().map_err(|_| BadValue::new(key, "a number", text))?;
+        RingEntries::new(entries).map_err(|error| {
+            let text = error.to_string();
+            BadValue(text.strip_prefix("dirty-log: ").unwrap_or(&text).to_owned())
+        })
+    })?;
+    match (log, entries) {
+        (Some("auto"), None) => Ok(DirtyLog::Auto),
+        (Some("bitmap"), None) => Ok(DirtyLog::Bitmap),
+        (Some("ring"), entries) => Ok(DirtyLog::Ring(entries.unwrap_or_default())),
+        _ => Err(BadValue::new("dirty-log", DIRTY_LOG, text)),
+    }
 }
 
 /// What a process gives up before its guest runs; see [`confine`](crate::confine).
@@ -779,6 +803,37 @@ mod tests {
     /// The first line of what an operator reads.
     fn error(line: &str) -> String {
         parse(line).unwrap_err().to_string().lines().next().unwrap().to_owned()
+    }
+
+    #[test]
+    fn a_dirty_log_is_named_and_only_a_ring_has_entries() {
+        let ring = |entries| DirtyLog::Ring(RingEntries::new(entries).unwrap());
+        for (text, log) in [
+            ("auto", DirtyLog::Auto),
+            ("bitmap", DirtyLog::Bitmap),
+            ("ring", DirtyLog::Ring(RingEntries::default())),
+            ("ring,entries=4096", ring(4096)),
+        ] {
+            assert_eq!(dirty_log(text).unwrap(), log, "{text}");
+        }
+        for (text, line) in [
+            ("rings", "dirty-log: expected auto|bitmap|ring[,entries=N], got 'rings'"),
+            (
+                "auto,entries=4096",
+                "dirty-log: expected auto|bitmap|ring[,entries=N], got 'auto,entries=4096'",
+            ),
+            (
+                "entries=4096",
+                "dirty-log: expected auto|bitmap|ring[,entries=N], got 'entries=4096'",
+            ),
+            ("ring,entries=x", "entries: expected a number, got 'x'"),
+            (
+                "ring,entries=5000",
+                "entries: expected a power of two from 1024 to 65536, got 5000",
+            ),
+        ] {
+            assert_eq!(dirty_log(text).unwrap_err().to_string(), line);
+        }
     }
 
     #[test]

@@ -30,6 +30,9 @@ fn advice(report: &HostReport) -> Vec<&'static str> {
     if !report.manual_dirty_log {
         advice.push("without a manual dirty log every harvest write-protects all of memory at once");
     }
+    if report.eager_page_split == Some(false) {
+        advice.push("large pages are split by the guest's own writes while these are recorded: load kvm with eager_page_split=Y");
+    }
     if !report.tsc_scaling {
         advice.push("without TSC scaling a guest can only come from a host of the same TSC frequency");
     }
@@ -60,6 +63,7 @@ fn to_json(report: &HostReport) -> Value {
         "manual_dirty_log": report.manual_dirty_log,
         "dirty_log_initially_set": report.dirty_log_initially_set,
         "dirty_ring_entries": report.dirty_ring_entries,
+        "eager_page_split": report.eager_page_split,
         "userfaultfd": userfaultfd,
         "irqfd": report.irqfd,
         "ioeventfd": report.ioeventfd,

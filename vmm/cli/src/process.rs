@@ -11,7 +11,7 @@ use umbra_quic::{Identity, Peers};
 use umbra_units::Bytes;
 
 use crate::api::server::Server;
-use crate::api::types::{Counters, VcpuCounters};
+use crate::api::types::{Counters, DirtyLogChoice, VcpuCounters};
 use crate::args::ProcessArgs;
 use crate::console::{Console, ConsoleOut};
 use crate::events::{Events, Teller};
@@ -156,16 +156,27 @@ impl Panel for FrontPanel {
             .as_ref()
             .and_then(|machine| machine.balloon())
             .map(|size| size.0);
+        let dirty_log = machine.as_ref().map(|machine| {
+            let log = machine.dirty_log();
+            DirtyLogChoice {
+                log: log.name().to_owned(),
+                ring_entries: log.ring_entries,
+                why: log.why.clone(),
+            }
+        });
         let vcpus = machine.map(|machine| machine.counters().vcpus);
         let names =
             |counts: BTreeMap<&'static str, u64>| counts.into_iter().map(|(name, n)| (name.to_owned(), n)).collect();
         let vcpus = vcpus.unwrap_or_default().into_iter().map(|vcpu| VcpuCounters {
             exits: names(vcpu.exits),
             emulated: names(vcpu.emulated),
+            written_pages: vcpu.writes.map(|writes| writes.pages),
+            written_pages_per_second: vcpu.writes.map(|writes| writes.pages_per_second),
         });
         Counters {
             vcpus: vcpus.collect(),
             balloon_bytes,
+            dirty_log,
         }
     }
 }

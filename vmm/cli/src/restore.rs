@@ -44,7 +44,7 @@ pub(crate) fn go_on(
     let mut builder = Machine::builder(move || Process::sinks(&console, &vm)).on_build(move |machine| {
         *built.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(machine);
     });
-    builder = builder.with_devices(devices.devices())?;
+    builder = builder.with_devices(devices.devices())?.with_dirty_log(args.dirty_log);
     if let Some(limit) = memory_limit {
         builder = builder.with_memory_most(limit);
     }

@@ -57,6 +57,7 @@ fn config(args: &RunArgs) -> Result<MachineConfig, Failure> {
     .with_sharing(sharing)
     .with_devices(args.devices.devices())?
     .with_backing(args.memory.backing)?
+    .with_dirty_log(args.process.dirty_log)
     .with_cmdline(args.cmdline.clone())?;
     if let Some(template) = &args.cpus.template {
         config = config.with_template(Template::find(template)?);

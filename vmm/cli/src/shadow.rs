@@ -65,6 +65,7 @@ fn builder(args: &ShadowArgs, process: &Process, twin: &Twin) -> Result<MachineB
     let mut builder = Machine::builder(move || with_console(Process::sinks(&console, &vm))).on_build(move |machine| {
         *twin.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(machine);
     });
+    builder = builder.with_dirty_log(args.process.dirty_log);
     if let Some(memory) = args.memory {
         builder = builder.with_backing(memory.0);
     }

@@ -33,6 +33,52 @@ pub struct MachineConfig {
     on_reset: OnReset,
     fault: Option<FaultPlan>,
     template: Option<Template>,
+    dirty_log: DirtyLog,
+}
+
+/// How writes of the guest are recorded. The host's own affair: it does not travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DirtyLog {
+    /// As is cheaper on this host, by a measurement that takes milliseconds, once per process.
+    #[default]
+    Auto,
+    /// In KVM's bitmap.
+    Bitmap,
+    /// In rings of KVM's, one per vCPU, of so many entries.
+    Ring(RingEntries),
+}
+
+/// How many entries a dirty ring has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RingEntries(
+    /// Always a power of two within the limits.
+    u32,
+);
+
+impl RingEntries {
+    /// So many.
+    pub fn new(entries: u32) -> Result<Self, Error> {
+        let (least, most) = (limits::RING_ENTRIES_LEAST, limits::RING_ENTRIES_MOST);
+        if !(least..=most).contains(&entries) || !entries.is_power_of_two() {
+            return Err(bad(
+                "dirty-log",
+                &format!("entries: expected a power of two from {least} to {most}, got {entries}"),
+            ));
+        }
+        Ok(Self(entries))
+    }
+
+    /// How many.
+    pub const fn get(self) -> u32 {
+        self.0
+    }
+}
+
+impl Default for RingEntries {
+    /// A vCPU that writes to pages as fast as it can fills them in a twentieth of a second; they take 256 KiB.
+    fn default() -> Self {
+        Self(1 << 14)
+    }
 }
 
 /// What a host backs guest memory with. The host's own affair: it does not travel.
@@ -134,6 +180,7 @@ impl MachineConfig {
             on_reset: OnReset::default(),
             fault: None,
             template: None,
+            dirty_log: DirtyLog::default(),
         })
     }
 
@@ -189,6 +236,13 @@ impl MachineConfig {
         Ok(self)
     }
 
+    /// Record writes like this.
+    #[must_use]
+    pub const fn with_dirty_log(mut self, dirty_log: DirtyLog) -> Self {
+        self.dirty_log = dirty_log;
+        self
+    }
+
     /// Do this when the guest asks for a reset.
     #[must_use]
     pub const fn with_on_reset(mut self, on_reset: OnReset) -> Self {
@@ -225,6 +279,10 @@ impl MachineConfig {
 
     pub(crate) const fn backing(&self) -> Backing {
         self.backing
+    }
+
+    pub(crate) const fn dirty_log(&self) -> DirtyLog {
+        self.dirty_log
     }
 
     pub(crate) fn boot_files(&self) -> BootFiles {
@@ -353,6 +411,12 @@ mod tests {
             line(ok().with_cmdline("x".repeat(2048))),
             "cmdline: expected at most 2047 bytes, got 2048"
         );
+        for entries in [0, 512, 3000, 1 << 17] {
+            assert_eq!(
+                RingEntries::new(entries).unwrap_err().to_string(),
+                format!("dirty-log: entries: expected a power of two from 1024 to 65536, got {entries}")
+            );
+        }
         assert_eq!(
             line(ok().with_cmdline("a\0b")),
             "cmdline: expected text without zero bytes"

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::dirty::VcpuWrites;
 use crate::emulate::Instruction;
 
 /// What a machine's vCPUs did since it was built here. Counters begin at zero after a move: they tell of this host.
@@ -23,6 +24,8 @@ pub struct VcpuCounters {
     /// Instructions KVM could not emulate and this VMM did, by name. Only those that happened; empty on a host whose
     /// processor runs the guest's kernel.
     pub emulated: BTreeMap<&'static str, u64>,
+    /// What it writes, where writes are recorded vCPU by vCPU: in dirty rings, while they are.
+    pub writes: Option<VcpuWrites>,
 }
 
 impl Counters {
@@ -35,6 +38,11 @@ impl Counters {
             }
             for (name, count) in &vcpu.emulated {
                 *total.emulated.entry(name).or_default() += count;
+            }
+            if let Some(writes) = vcpu.writes {
+                let total = total.writes.get_or_insert_default();
+                total.pages += writes.pages;
+                total.pages_per_second += writes.pages_per_second;
             }
         }
         total
@@ -54,12 +62,14 @@ pub(crate) enum Exit {
     SystemEvent,
     /// KVM could not emulate an instruction.
     Emulation,
+    /// Its dirty ring has to be emptied.
+    RingFull,
     /// What ends the guest, or has no meaning here.
     Other,
 }
 
 impl Exit {
-    const NAMES: [&'static str; 9] = [
+    const NAMES: [&'static str; 10] = [
         "port_read",
         "port_write",
         "mmio_read",
@@ -68,6 +78,7 @@ impl Exit {
         "halt",
         "system_event",
         "emulation",
+        "dirty_ring_full",
         "other",
     ];
 }
@@ -98,6 +109,7 @@ impl Tally {
                 .map(|(instruction, counter)| (instruction.name(), count(counter)))
                 .filter(|(_, count)| *count > 0)
                 .collect(),
+            writes: None,
         }
     }
 }

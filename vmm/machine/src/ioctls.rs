@@ -4,7 +4,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-use kvm_bindings::{KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_clear_dirty_log, kvm_device_attr};
+use kvm_bindings::{
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_clear_dirty_log, kvm_device_attr, kvm_dirty_log,
+};
 use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
@@ -37,6 +39,41 @@ pub(crate) fn clear_dirty_log(vm: &VmFd, slot: u32, first: u64, pages: u32, bits
             source: kvm_ioctls::Error::last(),
         })
     }
+}
+
+ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
+
+/// Read the bits of `slot`, which has so many pages, into `bits`: kvm-ioctls has this too, and allocates each time.
+pub(crate) fn get_dirty_log(vm: &VmFd, slot: u32, pages: u64, bits: &mut [u64]) -> Result<(), Error> {
+    assert!(bits.len() as u64 >= pages.div_ceil(64), "one bit per page");
+    let mut log = kvm_dirty_log {
+        slot,
+        ..Default::default()
+    };
+    log.__bindgen_anon_1.dirty_bitmap = bits.as_mut_ptr().cast();
+    // SAFETY: KVM writes one bit per page of the slot, rounded up to whole words (kvm/api.rst, KVM_GET_DIRTY_LOG), for
+    // which `bits` has room (asserted above; `pages` is the block's, with which the slot was made) across the call.
+    let done = unsafe { ioctl_with_ref(vm, KVM_GET_DIRTY_LOG(), &log) };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(Error::Kvm {
+            doing: "read the dirty log",
+            source: kvm_ioctls::Error::last(),
+        })
+    }
+}
+
+ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
+
+/// Record anew the pages of entries that were given back, of all dirty rings; says how many entries that were.
+pub(crate) fn reset_dirty_rings(vm: &VmFd) -> Result<u64, Error> {
+    // SAFETY: takes no argument; the kernel changes only the rings, which are accessed through atomics.
+    let renewed = unsafe { vmm_sys_util::ioctl::ioctl(vm, KVM_RESET_DIRTY_RINGS()) };
+    u64::try_from(renewed).map_err(|_| Error::Kvm {
+        doing: "renew the dirty rings",
+        source: kvm_ioctls::Error::last(),
+    })
 }
 
 ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);

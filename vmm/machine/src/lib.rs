@@ -87,9 +87,11 @@ mod vcpu;
 mod worker;
 
 pub use boot::BootFiles;
-pub use config::{Backing, HugePages, MachineConfig, OnReset, Shape, Sharing};
+pub use config::{Backing, DirtyLog, HugePages, MachineConfig, OnReset, RingEntries, Shape, Sharing};
 pub use counters::{Counters, VcpuCounters};
 pub use cpu::Template;
+pub use dirty::VcpuWrites;
+pub use dirty::choose::DirtyLogReport;
 pub use error::Error;
 pub use fate::ExitReason;
 pub use machine::{Machine, MachineBuilder, Sinks};

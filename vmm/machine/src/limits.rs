@@ -48,6 +48,17 @@ pub const XSAVE_BYTES: usize = 64 << 10;
 /// Pages cleared in KVM's dirty log by one call: 64 MiB. Each call holds the VM's MMU lock and so stops faulting vCPUs.
 pub const CLEAR_PAGES: u64 = 16 << 10;
 
+/// Least entries of a dirty ring: the kernel keeps up to 576 of them free for what a vCPU writes at once, and wants more
+/// than that (`kvm_dirty_ring_get_rsvd_entries`).
+pub const RING_ENTRIES_LEAST: u32 = 1 << 10;
+
+/// Most entries of a dirty ring: `KVM_DIRTY_RING_MAX_ENTRIES` of the kernel.
+pub const RING_ENTRIES_MOST: u32 = 1 << 16;
+
+/// How often the kernel may say that it renewed no entry of a dirty ring before it is taken at its word. Each time but the
+/// first a signal must have come in between.
+pub const RING_RENEWALS: u32 = 1000;
+
 /// Virtio devices of one machine: each has a window of 4 KiB, an eventfd per queue and a share of ten interrupt lines.
 pub const VIRTIO_DEVICES: usize = 32;
 

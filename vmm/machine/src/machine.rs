@@ -40,10 +40,11 @@ use crate::board::fit;
 use crate::board::spec::Spec;
 use crate::boot::{self, BootFiles};
 use crate::config::devices::Devices;
-use crate::config::{Backing, MachineConfig, OnReset, Shape};
+use crate::config::{Backing, DirtyLog, MachineConfig, OnReset, Shape};
 use crate::counters::{Counters, Tally};
 use crate::cpu::{self, Cpuid, MsrRange, Template};
-use crate::dirty::{DirtyBitmap, Tracker};
+use crate::dirty::choose::{self, DirtyLogReport};
+use crate::dirty::{self, Tracker, WriteLog};
 use crate::error::Error;
 use crate::fate::{ExitReason, Fate, OnExit};
 use crate::gate::{Gate, Work};
@@ -87,6 +88,9 @@ pub struct Machine {
     output: Arc<Output>,
     console: Arc<Output>,
     tracker: Tracker,
+    /// What the tracker joins with what devices write.
+    log: Arc<dyn WriteLog>,
+    dirty_log: DirtyLogReport,
     host: Host,
     description: Description,
     /// Save and restore vCPUs on their own threads: see [`Machine::each_vcpu`].
@@ -128,6 +132,7 @@ pub struct MachineBuilder {
     backing: Backing,
     boot_files: Option<BootFiles>,
     fault: FaultPlan,
+    dirty_log: DirtyLog,
 }
 
 /// Told of each machine built.
@@ -143,6 +148,7 @@ impl Machine {
             backing: config.backing(),
             boot_files: Some(config.boot_files()),
             fault: config.fault(),
+            dirty_log: config.dirty_log(),
         };
         let machine = Self::assemble(&plan, sinks)?;
         machine.board.take_hold()?;
@@ -162,6 +168,7 @@ impl Machine {
             backing: Backing::default(),
             boot_files: None,
             fault: FaultPlan::default(),
+            dirty_log: DirtyLog::default(),
         }
     }
 
@@ -253,9 +260,18 @@ impl Machine {
 
     /// What its vCPUs left the guest for since the machine was built.
     pub fn counters(&self) -> Counters {
-        Counters {
-            vcpus: self.tallies.iter().map(|tally| tally.read()).collect(),
+        let mut vcpus: Vec<_> = self.tallies.iter().map(|tally| tally.read()).collect();
+        if let Some(writes) = self.tracker.by_vcpu() {
+            for (vcpu, writes) in vcpus.iter_mut().zip(writes) {
+                vcpu.writes = Some(writes);
+            }
         }
+        Counters { vcpus }
+    }
+
+    /// How its writes are recorded, and why so.
+    pub const fn dirty_log(&self) -> &DirtyLogReport {
+        &self.dirty_log
     }
 
     /// How the guest's clocks went on when it was last restored here, as measured then; `None` if it never was.
@@ -268,8 +284,8 @@ impl Machine {
         let cpus = plan.shape.cpus();
         let vm = Arc::new(create_vm(&kvm)?);
         let memory = Arc::new(Memory::backed_by(plan.shape, plan.backing)?);
-        let log = DirtyBitmap::new(vm.clone())?;
-        log.set_slots(memory.blocks(), false)?;
+        let (log, dirty_log) = choose::log(&vm, plan.dirty_log, plan.shape)?;
+        dirty::set_slots(&vm, memory.blocks(), false)?;
         let gate = Gate::new(cpus.into())?;
         let fate = Arc::new(Fate::new(gate.clone(), sinks.on_exit));
         let output = Arc::new(Output::new(sinks.serial));
@@ -283,6 +299,7 @@ impl Machine {
         let mut vcpus = Vec::new();
         for index in 0..cpus {
             let fd = vm.create_vcpu(index.into()).map_err(Error::kvm("create a vCPU"))?;
+            log.attach(&fd)?;
             let processor = Processor::of(&fd)?;
             vcpus.push(Arc::new(Mutex::new(Vcpu {
                 index,
@@ -303,7 +320,9 @@ impl Machine {
             hidden_msrs,
         };
         let mut machine = Self {
-            tracker: Tracker::new(Box::new(log), memory.space()),
+            tracker: Tracker::new(log.clone(), memory.space()),
+            log,
+            dirty_log,
             vm,
             tallies: vcpus.iter().map(|_| Arc::default()).collect(),
             vcpus,
@@ -449,6 +468,7 @@ impl Machine {
             memory: self.memory.clone(),
             host: self.host.clone(),
             tally: tally.clone(),
+            log: self.log.clone(),
         };
         let name = std::thread::Builder::new().name(format!("vcpu/{index}"));
         threads::spawn(ThreadClass::Vcpu, name, move || thread.work(page)).map_err(|source| Error::Host {
@@ -682,6 +702,7 @@ struct Plan<'a> {
     backing: Backing,
     boot_files: Option<BootFiles>,
     fault: Option<&'a FaultPlan>,
+    dirty_log: DirtyLog,
 }
 
 /// Which virtio devices there are to be.
@@ -932,6 +953,13 @@ impl MachineBuilder {
         self
     }
 
+    /// Record writes of twins like this, however their sources did.
+    #[must_use]
+    pub const fn with_dirty_log(mut self, dirty_log: DirtyLog) -> Self {
+        self.dirty_log = dirty_log;
+        self
+    }
+
     /// Boot twins from these files when they ask for a reset after they have moved here. Without any, a reset ends them:
     /// neither the kernel's file nor its name travels.
     #[must_use]
@@ -964,6 +992,7 @@ impl MachineBuilder {
             backing: self.backing,
             boot_files: self.boot_files.clone(),
             fault: has_fault.then_some(&self.fault),
+            dirty_log: self.dirty_log,
         };
         let machine = Machine::assemble(&plan, (self.sinks)())?;
         same_devices(&wanted.devices, &machine.description.devices)?;
@@ -1079,6 +1108,7 @@ mod tests {
             backing: Backing::default(),
             boot_files: None,
             fault: None,
+            dirty_log: DirtyLog::default(),
         };
         let mut machine = Machine::assemble(&plan, Sinks::discard()).unwrap();
         let registers = |machine: &Machine| {

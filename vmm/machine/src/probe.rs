@@ -9,15 +9,15 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-    KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
-    kvm_regs, kvm_segment,
+    KVM_API_VERSION, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE,
+    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_regs, kvm_segment,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuExit, VmFd};
 use umbra_units::{Bytes, Gpa};
 
 use crate::config::{Shape, Sharing};
-use crate::dirty::DirtyBitmap;
+use crate::dirty;
+use crate::dirty::ring::DirtyRing;
 use crate::error::Error;
 use crate::ioctls::userfaultfd_features;
 use crate::limits;
@@ -38,6 +38,8 @@ pub struct HostReport {
     pub dirty_log_initially_set: bool,
     /// Entries of the largest dirty ring; 0 without one.
     pub dirty_ring_entries: u32,
+    /// Large pages are split ahead of the guest's writes when these are recorded; `None` if this host does not say.
+    pub eager_page_split: Option<bool>,
     /// Interrupts by eventfd.
     pub irqfd: bool,
     /// Guest accesses to eventfd.
@@ -147,7 +149,6 @@ pub fn probe() -> Result<HostReport, Error> {
     let vm = kvm.create_vm().map_err(Error::kvm("create a VM"))?;
     let raw = |cap: u32| u32::try_from(vm.check_extension_raw(cap.into())).unwrap_or(0);
     let manual = raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
-    let ring_bytes = raw(KVM_CAP_DIRTY_LOG_RING).max(raw(KVM_CAP_DIRTY_LOG_RING_ACQ_REL));
     let vcpu = vm.create_vcpu(0).map_err(Error::kvm("create a vCPU"))?;
     let clock = vm.get_clock().map_err(Error::kvm("read the clock"))?;
     let xsave2 = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
@@ -157,7 +158,8 @@ pub fn probe() -> Result<HostReport, Error> {
         vcpus: (kvm.get_nr_vcpus(), kvm.get_max_vcpus()),
         manual_dirty_log: manual & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0,
         dirty_log_initially_set: manual & KVM_DIRTY_LOG_INITIALLY_SET != 0,
-        dirty_ring_entries: ring_bytes / DIRTY_RING_ENTRY_BYTES,
+        dirty_ring_entries: DirtyRing::most_entries(&vm).unwrap_or(0),
+        eager_page_split: eager_page_split(),
         irqfd: vm.check_extension(Cap::Irqfd),
         ioeventfd: vm.check_extension(Cap::Ioeventfd),
         xsave_bytes: xsave2.max(4096),
@@ -171,8 +173,15 @@ pub fn probe() -> Result<HostReport, Error> {
     })
 }
 
-/// `struct kvm_dirty_gfn`.
-const DIRTY_RING_ENTRY_BYTES: u32 = 16;
+/// Whether KVM splits large pages when logging begins or is renewed, and not only when a vCPU writes to them. Needs the
+/// two-dimensional paging's own MMU as well (kernel-parameters, `kvm.eager_page_split`). `None` where the module does not say.
+fn eager_page_split() -> Option<bool> {
+    let parameter = |name: &str| {
+        let text = std::fs::read_to_string(format!("/sys/module/kvm/parameters/{name}")).ok()?;
+        Some(matches!(text.trim(), "Y" | "1"))
+    };
+    Some(parameter("eager_page_split")? && parameter("tdp_mmu").unwrap_or(true))
+}
 
 fn tiny(sharing: Sharing) -> Shape {
     Shape::new(1, limits::MEMORY_LEAST, sharing).expect("the least memory is enough")
@@ -209,7 +218,7 @@ fn try_ring0(kvm: &Kvm) -> Result<Ring0, Error> {
     const PORT: u8 = 0x10;
     let vm = std::sync::Arc::new(kvm.create_vm().map_err(Error::kvm("create a VM"))?);
     let memory = Memory::new(tiny(Sharing::Private))?;
-    DirtyBitmap::new(vm.clone())?.set_slots(memory.blocks(), false)?;
+    dirty::set_slots(&vm, memory.blocks(), false)?;
     memory.write(Gpa(0x1000), &CODE)?;
     let answer = run_flat(&vm, kvm, 0x1000);
     // The VM goes before its memory.
@@ -280,6 +289,12 @@ impl fmt::Display for HostReport {
             yes(self.dirty_log_initially_set)
         )?;
         writeln!(f, "dirty ring         {} entries", self.dirty_ring_entries)?;
+        let split = match self.eager_page_split {
+            Some(true) => "split ahead of writes",
+            Some(false) => "split by the write itself: see kvm.eager_page_split, kvm.tdp_mmu",
+            None => "unknown",
+        };
+        writeln!(f, "large pages        {split}")?;
         writeln!(f, "userfaultfd        {}", self.userfaultfd)?;
         writeln!(f, "irqfd, ioeventfd   {}, {}", yes(self.irqfd), yes(self.ioeventfd))?;
         writeln!(f, "memfd              {}", yes(self.memfd))?;

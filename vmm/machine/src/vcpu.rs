@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
-    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
+    KVM_EXIT_DIRTY_RING_FULL, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
     kvm_run__bindgen_ty_1__bindgen_ty_4 as IoExit,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -29,6 +29,7 @@ use vmm_sys_util::signal::{SIGRTMIN, unblock_signal};
 
 use crate::board::Board;
 use crate::counters::{Exit, Tally};
+use crate::dirty::WriteLog;
 use crate::error::Error;
 use crate::fallback;
 use crate::fate::{ExitReason, Fate};
@@ -58,6 +59,8 @@ pub(crate) struct Thread {
     pub(crate) memory: Arc<Memory>,
     pub(crate) host: Host,
     pub(crate) tally: Arc<Tally>,
+    /// May ask for room: see [`WriteLog::make_room`].
+    pub(crate) log: Arc<dyn WriteLog>,
 }
 
 /// Our own mapping of the page KVM and a vCPU talk through.
@@ -214,6 +217,12 @@ impl Thread {
                 vcpu,
                 &format!("memory fault at {gpa:#x}, {size:#x} bytes, flags {flags:#x}"),
             ),
+            VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => {
+                match self.log.make_room(self.memory.blocks(), vcpu.index) {
+                    Ok(()) => Pending::No,
+                    Err(error) => self.fault(vcpu, &error.to_string()),
+                }
+            }
             other => {
                 let text = format!("unexpected exit {other:?}");
                 self.fault(vcpu, &text)
@@ -269,6 +278,7 @@ const fn kind_of(exit: &VcpuExit<'_>) -> Exit {
         VcpuExit::Hlt => Exit::Halt,
         VcpuExit::SystemEvent(..) => Exit::SystemEvent,
         VcpuExit::InternalError => Exit::Emulation,
+        VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => Exit::RingFull,
         _ => Exit::Other,
     }
 }

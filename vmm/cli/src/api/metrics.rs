@@ -2,7 +2,7 @@
 
 use core::fmt::{Display, Write};
 
-use crate::api::types::{Counters, GuestState, Role, Status};
+use crate::api::types::{Counters, GuestState, Role, Status, VcpuCounters};
 
 /// The text of `GET /api/v1/metrics`.
 pub(crate) fn text(status: &Status, counters: &Counters) -> String {
@@ -82,6 +82,24 @@ impl Page {
                 let labels = format!("vcpu=\"{n}\",instruction=\"{name}\"");
                 self.line("umbra_vcpu_emulated_total", &labels, count);
             }
+        }
+        self.of_vcpus("umbra_vcpu_written_pages_total", "counter", counters, |vcpu| {
+            vcpu.written_pages
+        });
+        self.of_vcpus("umbra_vcpu_written_pages_per_second", "gauge", counters, |vcpu| {
+            vcpu.written_pages_per_second
+        });
+    }
+
+    /// What is known of some vCPUs only.
+    fn of_vcpus(&mut self, name: &str, kind: &str, counters: &Counters, of: impl Fn(&VcpuCounters) -> Option<u64>) {
+        let known = counters.vcpus.iter().enumerate();
+        let mut known = known.filter_map(|(n, vcpu)| Some((n, of(vcpu)?))).peekable();
+        if known.peek().is_some() {
+            self.head(name, kind);
+        }
+        for (n, value) in known {
+            self.line(name, &format!("vcpu=\"{n}\""), value);
         }
     }
 }

@@ -247,10 +247,13 @@ impl crate::vm::Panel for Buttons {
         let vcpu = VcpuCounters {
             exits: [("mmio_read".to_owned(), 7)].into(),
             emulated: [("stac".to_owned(), 3)].into(),
+            written_pages: Some(9000),
+            written_pages_per_second: None,
         };
         Counters {
             vcpus: vec![vcpu],
             balloon_bytes: Some(4096),
+            dirty_log: None,
         }
     }
 }
@@ -570,6 +573,11 @@ async fn the_buttons_of_a_guest_are_pressed_and_what_comes_of_it_is_told() {
     );
     let metrics = source.client.get_bytes("metrics").await.unwrap();
     let metrics = String::from_utf8(metrics.to_vec()).unwrap();
+    assert!(
+        metrics.contains("umbra_vcpu_written_pages_total{vcpu=\"0\"} 9000\n")
+            && !metrics.contains("umbra_vcpu_written_pages_per_second"),
+        "{metrics}"
+    );
     assert!(
         metrics.contains("umbra_vcpu_exits_total{vcpu=\"0\",kind=\"mmio_read\"} 7\n"),
         "{metrics}"

@@ -548,6 +548,19 @@ pub(crate) struct Counters {
     pub(crate) vcpus: Vec<VcpuCounters>,
     /// How much of its memory the guest says it has left to its balloon.
     pub(crate) balloon_bytes: Option<u64>,
+    /// How its writes are recorded.
+    pub(crate) dirty_log: Option<DirtyLogChoice>,
+}
+
+/// How a guest's writes are recorded on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct DirtyLogChoice {
+    /// `bitmap` or `ring`.
+    pub(crate) log: String,
+    /// Entries of each vCPU's ring.
+    pub(crate) ring_entries: Option<u32>,
+    /// Why it is this one.
+    pub(crate) why: String,
 }
 
 /// What one vCPU has done.
@@ -557,6 +570,10 @@ pub(crate) struct VcpuCounters {
     pub(crate) exits: BTreeMap<String, u64>,
     /// Instructions that KVM could not emulate and this program did, on hosts that virtualise in software.
     pub(crate) emulated: BTreeMap<String, u64>,
+    /// Pages it was recorded to have written, where it has a dirty ring.
+    pub(crate) written_pages: Option<u64>,
+    /// How many that are per second, lately.
+    pub(crate) written_pages_per_second: Option<u64>,
 }
 
 /// Any answer of 400 and above.

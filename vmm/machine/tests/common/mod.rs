@@ -11,7 +11,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use umbra_core::guest::{Guest, Harvest, PageBytes, PageReader, Space, StateRecord};
-use umbra_machine::{Machine, MachineConfig, Out, Sinks};
+use umbra_machine::{DirtyLog, Machine, MachineConfig, Out, RingEntries, Sinks};
 use umbra_units::{Bytes, PAGE_SIZE, PageCount, PageId, Pfn, SpaceId};
 
 /// Long enough for anything here on a busy machine; nothing waits for it when all is well.
@@ -111,11 +111,28 @@ impl Console {
 
 /// A machine running the tiny kernel.
 pub(crate) fn launch(cpus: u8, memory: Bytes, cmdline: &str, console: &Console) -> Arc<Machine> {
+    launch_with(DirtyLog::Bitmap, cpus, memory, cmdline, console)
+}
+
+/// The same, with this log.
+pub(crate) fn launch_with(log: DirtyLog, cpus: u8, memory: Bytes, cmdline: &str, console: &Console) -> Arc<Machine> {
     let config = MachineConfig::new(kernel(), cpus, memory)
         .unwrap()
+        .with_dirty_log(log)
         .with_cmdline(cmdline)
         .unwrap();
     Machine::launch(&config, console.sinks()).unwrap()
+}
+
+/// Both logs, if the kernel has both. The ring is the smallest: busy guests fill it again and again.
+pub(crate) fn logs() -> Vec<DirtyLog> {
+    let mut logs = vec![DirtyLog::Bitmap];
+    if umbra_machine::probe().is_ok_and(|host| host.dirty_ring_entries > 0) {
+        logs.push(DirtyLog::Ring(RingEntries::new(1024).unwrap()));
+    } else {
+        eprintln!("SKIPPED for the dirty ring: this kernel has none");
+    }
+    logs
 }
 
 /// All pages of RAM that exist.
@@ -171,6 +188,19 @@ pub(crate) fn follow(machine: &Machine, shadow: &mut [u8]) -> usize {
         shadow[at..at + PAGE_SIZE].copy_from_slice(bytes);
     }
     dirty.len()
+}
+
+/// Two images of the same memory.
+pub(crate) fn assert_same(shadow: &[u8], guest: &[u8], when: &str) {
+    let wrong: Vec<usize> = (0..guest.len() / PAGE_SIZE)
+        .filter(|n| page_of(guest, *n) != page_of(shadow, *n))
+        .collect();
+    assert!(
+        wrong.is_empty(),
+        "{when}: {} pages differ, first {:?}",
+        wrong.len(),
+        &wrong[..wrong.len().min(8)]
+    );
 }
 
 pub(crate) fn record<'a>(records: &'a mut [StateRecord], kind: &str) -> &'a mut StateRecord {
