@@ -25,6 +25,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use umbra_units::{PAGE_SIZE, PageCount, PageId, PageSet, Pfn, SpaceId};
 
@@ -149,6 +150,21 @@ pub trait Captured: PageReader {
     fn by(&self) -> CaptureBy;
 }
 
+/// Pages of a guest that runs before they have come: what a lazy switchover left behind. Whoever touches one of them waits
+/// for it, vCPUs and devices alike. Dropping it before all have come leaves those who wait waiting.
+pub trait Arrivals: Send + Sync {
+    /// Pages that somebody waits for and that were not answered before, at most `most`; waits for the first until
+    /// `patience` is over.
+    fn wanted(&self, most: PageCount, patience: Duration) -> Vec<PageId>;
+
+    /// This page has come: put it in its place and let whoever waits go on. One that came before is left alone, because
+    /// the guest may have written to it since.
+    fn arrived(&self, page: PageId, bytes: &PageBytes) -> Result<(), GuestError>;
+
+    /// How many have not come.
+    fn left(&self) -> PageCount;
+}
+
 /// A virtual machine as Umbra needs to see it. See the [module](self) for the order of calls.
 pub trait Guest: PageReader {
     /// What [`GuestBuilder::build`] on another host needs to build this guest's twin.
@@ -200,6 +216,15 @@ pub trait Guest: PageReader {
     /// Take on saved state, on a guest that is not running. All or nothing: after an error the guest may be restored
     /// again, never run.
     fn restore(&self, records: &[StateRecord]) -> Result<(), GuestError>;
+
+    /// These pages have not come, and the guest is going to run without them, once in its life: from now on whoever touches
+    /// one waits until it has [arrived](Arrivals::arrived), be it [`restore`](Self::restore). What they hold now is
+    /// dropped. An error leaves the guest as it was; one that cannot do this says so.
+    fn await_pages(&self, missing: &Harvest) -> Result<Arc<dyn Arrivals>, GuestError> {
+        let _ = missing;
+        let text = "this guest cannot run before all of its pages have come";
+        Err(GuestError::Incompatible(text.to_owned()))
+    }
 
     /// The guest, which is paused, is about to be somebody else's: let go of what only one host may hold (locks of disk
     /// images), so that the shadow can take hold of it. Called before anybody is told that the guest was given up, and

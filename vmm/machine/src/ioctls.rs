@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 
 use kvm_bindings::{
     KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_clear_dirty_log, kvm_device_attr, kvm_dirty_log,
@@ -104,40 +104,6 @@ pub(crate) fn set_tsc_offset(vcpu: &VcpuFd, mut offset: u64) -> bool {
     // SAFETY: for this attribute KVM reads one u64 at `addr`, which is a u64 of ours that lives across the call.
     let done = unsafe { ioctl_with_ref(vcpu, KVM_SET_DEVICE_ATTR(), &attr) };
     done == 0
-}
-
-/// `_UFFDIO_API` of linux/userfaultfd.h.
-#[repr(C)]
-struct UffdioApi {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-const UFFD_API: u64 = 0xaa;
-const UFFD_USER_MODE_ONLY: i32 = 1;
-ioctl_iowr_nr!(UFFDIO_API, 0xaa, 0x3f, UffdioApi);
-
-/// Try to make a userfaultfd; gives the features the kernel offers with it.
-pub(crate) fn userfaultfd_features(user_mode_only: bool) -> Result<u64, io::Error> {
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | if user_mode_only { UFFD_USER_MODE_ONLY } else { 0 };
-    // SAFETY: userfaultfd takes one integer and touches no memory of ours.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
-    let Some(fd) = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0) else {
-        return Err(io::Error::last_os_error());
-    };
-    // SAFETY: the kernel just made this descriptor for us and nobody else knows it.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    let mut api = UffdioApi {
-        api: UFFD_API,
-        features: 0,
-        ioctls: 0,
-    };
-    // SAFETY: UFFDIO_API reads and writes one `uffdio_api`, which `UffdioApi` mirrors field by field.
-    match unsafe { ioctl_with_mut_ref(&fd, UFFDIO_API(), &mut api) } {
-        0 => Ok(api.features),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 ioctl_ior_nr!(BLKGETSIZE64, 0x12, 114, u64);

@@ -22,6 +22,7 @@
 //! | [`machine`] | everything put together, and its life |
 //! | `memory` | guest memory: mapped once, copied from and to, never referred to |
 //! | `backing` | whether the host has the memory, asked before it is taken |
+//! | `lazy`, `uffd` | memory that comes after the guest: faults that this process handles |
 //! | `dirty` | harvesting: KVM's log joined with the VMM's own |
 //! | `gate`, `vcpu` | stop and go; one vCPU's thread and exits |
 //! | `emulate`, `fallback` | instructions that KVM's emulator does not know, on hosts that need it |
@@ -78,11 +79,13 @@ mod fallback;
 mod fate;
 mod gate;
 mod ioctls;
+mod lazy;
 mod memory;
 mod mptable;
 mod output;
 mod state;
 mod threads;
+mod uffd;
 mod vcpu;
 mod worker;
 

@@ -30,9 +30,11 @@ use std::time::Duration;
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
-use umbra_core::guest::{Guest, GuestBuilder, GuestError, Harvest, PageBytes, PageReader, Space, StateRecord};
+use umbra_core::guest::{
+    Arrivals, Guest, GuestBuilder, GuestError, Harvest, PageBytes, PageReader, Space, StateRecord,
+};
 use umbra_devices::{FaultPlan, Out};
-use umbra_units::{Bytes, Gpa, PAGE_SIZE, PageCount, PageId, Pfn, SpaceId};
+use umbra_units::{Bytes, Gpa, PAGE_SIZE, PageCount, PageId, PageSet, Pfn, SpaceId};
 
 use crate::acpi::Tables;
 use crate::board::Board;
@@ -48,6 +50,7 @@ use crate::dirty::{self, Tracker, WriteLog};
 use crate::error::Error;
 use crate::fate::{ExitReason, Fate, OnExit};
 use crate::gate::{Gate, Work};
+use crate::lazy::Lazy;
 use crate::limits;
 use crate::memory::Memory;
 use crate::output::Output;
@@ -895,6 +898,17 @@ impl Guest for Machine {
 
     fn restore(&self, records: &[StateRecord]) -> Result<(), GuestError> {
         Ok(self.try_restore(records)?)
+    }
+
+    fn await_pages(&self, missing: &Harvest) -> Result<Arc<dyn Arrivals>, GuestError> {
+        self.page_access()?;
+        let mut pages = PageSet::new(self.memory.space().pages);
+        for (space, set) in &missing.dirty {
+            only_ram(*space)?;
+            pages.union_with(&PageSet::from_words(set.words().to_vec(), pages.capacity()));
+        }
+        pages.intersect_with(&self.memory.space().present_set());
+        Ok(Arc::new(Lazy::new(&self.memory, &pages)?))
     }
 
     fn give_up(&self) {

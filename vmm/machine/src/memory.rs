@@ -31,6 +31,7 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use umbra_core::guest::{PageBytes, Space};
@@ -43,6 +44,7 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use crate::backing;
 use crate::config::{Backing, HugePages, Shape, Sharing};
 use crate::error::Error;
+use crate::lazy::{Awaited, Missing};
 
 /// Guest memory as `vm-memory` knows it: for loaders and devices.
 pub(crate) type Ram = GuestMemoryMmap<AtomicBitmap>;
@@ -57,6 +59,8 @@ pub(crate) struct Memory {
     space: Space,
     /// The guest has never run and no loader wrote: what `touched` does not know is zero.
     fresh: AtomicBool,
+    /// Pages that come after the guest, if it was ever so.
+    awaited: Awaited,
 }
 
 /// One run of RAM, and one memory slot of KVM.
@@ -115,6 +119,7 @@ impl Memory {
             blocks,
             space,
             fresh: AtomicBool::new(true),
+            awaited: Awaited::new(),
         })
     }
 
@@ -184,6 +189,9 @@ impl Memory {
     /// Whatever may have held something is recorded as written. Nobody else may write meanwhile.
     pub(crate) fn clear(&self) -> Result<(), Error> {
         self.written_by_others();
+        if let Some(missing) = self.awaited.get() {
+            missing.forget();
+        }
         for block in &self.blocks {
             let region = self.mapped(block);
             for run in block.clear()? {
@@ -201,7 +209,7 @@ impl Memory {
         }
     }
 
-    fn mapped(&self, block: &Block) -> std::sync::Arc<vm_memory::MmapRegion<AtomicBitmap>> {
+    fn mapped(&self, block: &Block) -> Arc<vm_memory::MmapRegion<AtomicBitmap>> {
         use vm_memory::GuestMemoryBackend as _;
         self.ram
             .find_region(GuestAddress(block.first.gpa().0))
@@ -213,6 +221,9 @@ impl Memory {
     /// private memory, of which the kernel does not tell.
     pub(crate) fn holes(&self) -> PageSet {
         let mut holes = PageSet::new(self.space.pages);
+        if self.is_waiting() {
+            return holes; // some are pages that have not come
+        }
         for block in &self.blocks {
             for hole in block.holes() {
                 (hole.start..hole.end).for_each(|n| {
@@ -229,7 +240,12 @@ impl Memory {
         let mut rest = pages;
         while let Some(first) = rest.first() {
             let (block, index) = self.find(*first)?;
-            let run = block.untouched_run(index, rest);
+            // What has not come is a hole that must not be read as one: the mapping makes the reader wait.
+            let run = if self.is_waiting() {
+                0
+            } else {
+                block.untouched_run(index, rest)
+            };
             if run == 0 {
                 block.append(index, out);
                 rest = &rest[1..];
@@ -244,7 +260,63 @@ impl Memory {
     /// Copy one page out.
     pub(crate) fn read_page(&self, page: Pfn, out: &mut PageBytes) -> Result<(), Error> {
         let (block, index) = self.find(page)?;
+        if self.is_waiting() {
+            block.read_mapped(index, out);
+            return Ok(());
+        }
         block.read(index, out)
+    }
+
+    /// Whether there are pages that have not come.
+    fn is_waiting(&self) -> bool {
+        self.awaited
+            .get()
+            .is_some_and(|missing| missing.left() > PageCount::ZERO)
+    }
+
+    /// Refuse memory whose pages cannot come one by one after the guest.
+    pub(crate) fn can_be_lazy(&self) -> Result<(), Error> {
+        if self.blocks.iter().any(|block| block.stays_backed) {
+            let text = "memory: huge pages and memory taken at the start (prefault) cannot come after the guest";
+            return Err(Error::Incompatible(text.to_owned()));
+        }
+        if self.awaited.get().is_some() {
+            return Err(Error::WrongState("the guest's pages were left behind once already"));
+        }
+        Ok(())
+    }
+
+    /// Make holes of these pages, whatever is in them, without a record: they are about to come.
+    pub(crate) fn make_holes(&self, pages: &PageSet) -> Result<(), Error> {
+        for block in &self.blocks {
+            let mut run: Range<usize> = 0..0;
+            let of_block = pages
+                .from(block.first)
+                .take_while(|page| page.0 < block.first.0 + block.pages.0)
+                .map(|page| index(page.0 - block.first.0));
+            for page in of_block {
+                if page != run.end {
+                    block.discard_some(&run)?;
+                    run = page..page;
+                }
+                run.end = page + 1;
+            }
+            block.discard_some(&run)?;
+        }
+        Ok(())
+    }
+
+    /// From now on these pages are waited for.
+    pub(crate) fn awaits(&self, missing: Arc<Missing>) -> Result<(), Error> {
+        let again = |_| Error::WrongState("the guest's pages were left behind once already");
+        self.awaited.set(missing).map_err(again)
+    }
+
+    /// This page was put in its place by the kernel.
+    pub(crate) fn filled(&self, page: Pfn) {
+        if let Ok((block, index)) = self.find(page) {
+            block.touch(index);
+        }
     }
 
     /// Copy one page in.
@@ -309,6 +381,12 @@ impl Block {
     /// Where the block begins in this process, for KVM.
     pub(crate) fn host_address(&self) -> u64 {
         self.mapping.address.as_ptr() as u64
+    }
+
+    /// Where the block is in this process.
+    pub(crate) fn addresses(&self) -> Range<usize> {
+        let first = self.mapping.address.as_ptr() as usize;
+        first..first + self.mapping.bytes
     }
 
     fn region(&self) -> Result<GuestRegionMmap<AtomicBitmap>, Error> {
@@ -394,6 +472,11 @@ impl Block {
 
     fn forget(&self, index: usize) {
         self.touched[index / 64].fetch_and(!(1 << (index % 64)), Ordering::Relaxed);
+    }
+
+    /// Make holes of these pages, if there are any.
+    fn discard_some(&self, run: &Range<usize>) -> Result<(), Error> {
+        if run.is_empty() { Ok(()) } else { self.discard(run) }
     }
 
     /// Make holes of these pages.
@@ -490,9 +573,14 @@ impl Block {
         if self.file.is_some() && !self.is_touched(index) {
             return self.read_file(index, out);
         }
+        self.read_mapped(index, out);
+        Ok(())
+    }
+
+    /// Copy a page out through the mapping.
+    fn read_mapped(&self, index: usize, out: &mut PageBytes) {
         // SAFETY: a whole mapped page to a page-sized array of ours; guest memory and the array cannot overlap.
         unsafe { copy_page(self.page(index), out.as_mut_ptr()) };
-        Ok(())
     }
 
     /// Copy a page in.

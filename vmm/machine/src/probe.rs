@@ -19,9 +19,9 @@ use crate::config::{Shape, Sharing};
 use crate::dirty;
 use crate::dirty::ring::DirtyRing;
 use crate::error::Error;
-use crate::ioctls::userfaultfd_features;
 use crate::limits;
 use crate::memory::Memory;
+use crate::uffd::Uffd;
 
 const DEV_KVM: &str = "/dev/kvm";
 
@@ -188,12 +188,12 @@ fn tiny(sharing: Sharing) -> Shape {
 }
 
 fn try_userfaultfd() -> Userfaultfd {
-    match userfaultfd_features(false) {
+    match Uffd::features_offered(false) {
         Ok(features) => Userfaultfd::Full {
             write_protect: features & UFFD_FEATURE_PAGEFAULT_FLAG_WP != 0,
             write_protect_shared: features & UFFD_FEATURE_WP_HUGETLBFS_SHMEM != 0,
         },
-        Err(error) if userfaultfd_features(true).is_err() => Userfaultfd::No(error.to_string()),
+        Err(error) if Uffd::features_offered(true).is_err() => Userfaultfd::No(error.to_string()),
         Err(_) => Userfaultfd::UserModeOnly,
     }
 }
