@@ -11,7 +11,8 @@
 //! | [`phase`] | what can a source and a shadow be doing, and what follows what? |
 //! | [`ledger`] | what does the shadow not have yet? |
 //! | [`heat`], [`order`] | how often is a page written, and which ships next? |
-//! | [`page`], [`batch`] | how do pages travel? |
+//! | [`page`], [`batch`], [`pack`] | how do pages travel? |
+//! | [`choose`] | how is a batch compressed, if at all? |
 //! | [`digest`] | are two memories equal? |
 //! | [`source`], [`shadow`] | the two state machines |
 //! | [`predict`], [`report`] | how long will the pause be, and where did it go? |
@@ -25,6 +26,7 @@
 
 mod audit;
 pub mod batch;
+pub mod choose;
 pub mod digest;
 pub mod error;
 pub mod event;
@@ -33,6 +35,7 @@ pub mod heat;
 pub mod ledger;
 pub mod limits;
 pub mod order;
+pub mod pack;
 pub mod page;
 pub mod phase;
 pub mod predict;

@@ -46,8 +46,8 @@ pub(crate) fn text(status: &Status) -> String {
     }
     if let Some(counts) = status.counts {
         let text = format!(
-            "{} whole, {} as changes, {} zero, {} the same",
-            counts.raw, counts.delta, counts.zero, counts.same
+            "{} whole, {} as changes, {} as copies, {} zero, {} the same",
+            counts.raw, counts.delta, counts.dup, counts.zero, counts.same
         );
         row(&mut out, "pages", &text);
     }
@@ -192,11 +192,12 @@ pub(crate) fn report(report: &SwitchoverReport) -> String {
     let counts = report.final_counts;
     let _ = write!(
         out,
-        "last {} pages in {}: {} whole, {} as changes, {} zero, {} the same; {}",
+        "last {} pages in {}: {} whole, {} as changes, {} as copies, {} zero, {} the same; {}",
         report.stop_pages,
         Bytes(report.final_bytes),
         counts.raw,
         counts.delta,
+        counts.dup,
         counts.zero,
         counts.same,
         if report.audited {
@@ -229,8 +230,9 @@ pub(crate) fn snapshot(report: &SnapshotReport) -> String {
     let counts = report.counts;
     let _ = write!(
         out,
-        "{} whole, {} zero, {} the same; the last {} pages in the pause; {}",
+        "{} whole, {} as copies, {} zero, {} the same; the last {} pages in the pause; {}",
         counts.raw,
+        counts.dup,
         counts.zero,
         counts.same,
         report.stop_pages,
@@ -294,6 +296,7 @@ pub(crate) mod tests {
                 zero: 200,
                 delta: 300,
                 raw: 400,
+                dup: 50,
             }),
             switching: false,
             reasons: vec!["the shadow says: 80.0 % complete, 90.0 % wanted".to_owned()],
@@ -323,7 +326,7 @@ this process  source, pid 4711, up 12.3 s
 session       following, 100.0 % seeded
 behind by     512 pages (2.0 MiB), 400 written at the last look
 shipped       10.0 MiB
-pages         400 whole, 300 as changes, 200 zero, 100 the same
+pages         400 whole, 300 as changes, 50 as copies, 200 zero, 100 the same
 pause if now  12.3 ms
 not ready     the shadow says: 80.0 % complete, 90.0 % wanted
 path 0        up      192.0.2.0:7000, 20.0 ms, 98.8 Mbit/s, 0.1 % lost, 5.0 MiB (50.0 %)
@@ -394,6 +397,7 @@ identity      {}
                 zero: 2,
                 delta: 3,
                 raw: 4,
+                dup: 5,
             },
             audited: true,
         };
@@ -410,7 +414,7 @@ moved to quic:192.0.2.1:7000 in term 2: paused 10.0 ms (9.0 predicted), 1.2 s al
   verify        0.000 ms   0.0 %
   restore       0.000 ms   0.0 %
   resume        2.250 ms  22.5 %
-last 64 pages in 68.4 KiB: 4 whole, 3 as changes, 2 zero, 1 the same; all of memory compared"
+last 64 pages in 68.4 KiB: 4 whole, 3 as changes, 5 as copies, 2 zero, 1 the same; all of memory compared"
         );
     }
 
@@ -436,6 +440,7 @@ last 64 pages in 68.4 KiB: 4 whole, 3 as changes, 2 zero, 1 the same; all of mem
                 zero: 2,
                 delta: 0,
                 raw: 300,
+                dup: 6,
             },
             bytes: 1_300_000,
             audited: false,
@@ -449,7 +454,7 @@ last 64 pages in 68.4 KiB: 4 whole, 3 as changes, 2 zero, 1 the same; all of mem
         );
         assert!(text.contains("\n  encode        1.000 ms\n"), "{text}");
         assert!(
-            text.ends_with("300 whole, 2 zero, 1 the same; the last 40 pages in the pause; digest kept"),
+            text.ends_with("300 whole, 6 as copies, 2 zero, 1 the same; the last 40 pages in the pause; digest kept"),
             "{text}"
         );
     }

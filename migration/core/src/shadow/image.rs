@@ -13,7 +13,7 @@ use crate::batch::{Batch, Close, PageCounts};
 use crate::digest::{Digest, PageHash};
 use crate::error::Fault;
 use crate::guest::{Guest, PageBytes, Space};
-use crate::page::{Encoding, apply_delta};
+use crate::page::{Dup, Encoding, apply_delta};
 
 /// What applying one batch did, for the state machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -113,13 +113,22 @@ impl Image {
                     guest.read_page(id, &mut page)?;
                     apply_delta(&mut page, bytes)?;
                 }
+                Encoding::Dup => {
+                    let dup = Dup::read(bytes)?;
+                    if self.hash(dup.of).is_none() {
+                        let text = format!("it named {}, which the guest does not have", dup.of);
+                        return Err(Fault::PeerMisbehaved(text));
+                    }
+                    guest.read_page(dup.of, &mut page)?;
+                    // covered by: a_copy_of_what_the_shadow_does_not_hold_is_refused
+                    if !dup.is_proven_by(&page) {
+                        let text = format!("{id} of batch {} is no copy of {}", batch.id, dup.of);
+                        return Err(Fault::PeerMisbehaved(text));
+                    }
+                }
             }
             self.write(id, old, hash, &page, batch.id, guest)?;
-            match encoding {
-                Encoding::Zero => counts.zero += 1,
-                Encoding::Delta => counts.delta += 1,
-                Encoding::Raw => counts.raw += 1,
-            }
+            counts.travels(encoding);
         }
         self.through = batch.id;
         Ok(Applied {

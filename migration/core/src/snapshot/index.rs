@@ -6,7 +6,7 @@
 use umbra_units::{Reader, Writer};
 
 use super::Unreadable;
-use crate::batch::HEADER_BYTES;
+use crate::batch::{LEAST_BYTES, MOST_BYTES};
 use crate::limits;
 
 const MARK: &[u8; 8] = b"umbraidx";
@@ -81,7 +81,7 @@ impl Index {
         let mut index = Self::default();
         for _ in 0..batches {
             let length = reader.u32("batch length")?;
-            if !(HEADER_BYTES..=HEADER_BYTES + limits::BATCH_BYTES).contains(&(length as usize)) {
+            if !(LEAST_BYTES..=MOST_BYTES).contains(&(length as usize)) {
                 return Err(reader.malformed("batch length").into());
             }
             index.lengths.push(length);

@@ -29,7 +29,7 @@ use core::str::FromStr;
 use umbra_units::{BatchId, Epoch, GuestId, PageCount, Pfn, SnapshotId, SpaceId, Term};
 
 use super::{Checksum, Index, Unreadable};
-use crate::batch::HEADER_BYTES;
+use crate::batch::MOST_BYTES;
 use crate::digest::Digest;
 use crate::guest::Space;
 use crate::limits;
@@ -270,7 +270,7 @@ impl Manifest {
                 self.index.bytes,
             ));
         }
-        let largest = (HEADER_BYTES + limits::BATCH_BYTES) as u64;
+        let largest = MOST_BYTES as u64;
         bounded("part memory", self.memory.bytes, self.batches.saturating_mul(largest))?;
         bounded("batches", self.first_batch.0, u64::MAX - self.batches)?;
         // A parent may have no batches at all: the numbers of cuts are what grows at each link.

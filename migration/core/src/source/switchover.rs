@@ -165,6 +165,7 @@ impl Final {
                 zero: 0,
                 delta: 0,
                 raw: 0,
+                dup: 0,
             },
             prepared: None,
             audited: !audit,

@@ -37,6 +37,7 @@ pub(crate) fn text(status: &Status, counters: &Counters) -> String {
             ("zero", counts.zero),
             ("delta", counts.delta),
             ("raw", counts.raw),
+            ("dup", counts.dup),
         ] {
             page.line("umbra_shipped_pages_total", &format!("encoding=\"{encoding}\""), count);
         }

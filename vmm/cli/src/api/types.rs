@@ -134,12 +134,27 @@ pub(crate) struct PageCounts {
     pub(crate) delta: u64,
     /// Whole (the batch may be compressed).
     pub(crate) raw: u64,
+    /// As the name of another page with that very content.
+    #[serde(default)]
+    pub(crate) dup: u64,
 }
 
 impl From<batch::PageCounts> for PageCounts {
     fn from(counts: batch::PageCounts) -> Self {
-        let batch::PageCounts { same, zero, delta, raw } = counts;
-        Self { same, zero, delta, raw }
+        let batch::PageCounts {
+            same,
+            zero,
+            delta,
+            raw,
+            dup,
+        } = counts;
+        Self {
+            same,
+            zero,
+            delta,
+            raw,
+            dup,
+        }
     }
 }
 
@@ -675,6 +690,7 @@ mod tests {
                 zero: 2,
                 delta: 3,
                 raw: 4,
+                dup: 5,
             },
             audited: true,
         };

@@ -177,18 +177,24 @@ impl Report {
     }
 
     fn write_memory(&self, out: &mut String) -> core::fmt::Result {
-        let PageCounts { same, zero, delta, raw } = self.counts;
+        let PageCounts {
+            same,
+            zero,
+            delta,
+            raw,
+            dup,
+        } = self.counts;
         writeln!(out, "\nTHE MEMORY")?;
         writeln!(
             out,
             "  First copy in {:.1} s; {} of pages became {} until the switchover:",
             self.seeding_s,
-            Bytes((same + zero + delta + raw).saturating_mul(PAGE_SIZE as u64)),
+            Bytes((same + zero + delta + raw + dup).saturating_mul(PAGE_SIZE as u64)),
             Bytes(self.shipped_bytes)
         )?;
         writeln!(
             out,
-            "  {raw} pages went whole, {delta} as changes, {zero} as zero, {same} not at all (unchanged)."
+            "  {raw} pages went whole, {delta} as changes, {dup} as copies, {zero} as zero, {same} not at all (unchanged)."
         )?;
         let compared = if self.memory.compared {
             "compared page by page while stopped: equal"
@@ -257,6 +263,7 @@ mod tests {
                 zero: 2,
                 delta: 3,
                 raw: 250,
+                dup: 4,
             },
             shipped_bytes: 512 << 10,
             seeding_s: 2.5,
@@ -323,7 +330,7 @@ THE NETWORKS
 
 THE MEMORY
   First copy in 2.5 s; 1.0 MiB of pages became 512.0 KiB until the switchover:
-  250 pages went whole, 3 as changes, 2 as zero, 1 not at all (unchanged).
+  250 pages went whole, 3 as changes, 4 as copies, 2 as zero, 1 not at all (unchanged).
   Both copies compared page by page while stopped: equal.
   The guest checked 123456 pages by itself, before and after: all as it had written them.
 
