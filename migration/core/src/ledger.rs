@@ -27,10 +27,9 @@ use crate::order::{Hold, Line, Order};
 /// What the next copy of a page may be encoded against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Base {
-    /// The shadow holds exactly the content this batch carried ([`BatchId`] 0: zeros, the page never travelled).
-    Held(BatchId),
-    /// A copy is on its way: whole content must be sent, but equal content need not be sent again.
-    InFlight,
+    /// What was shipped of it last, or zeros if it never travelled: by the time the shadow comes to this copy it holds
+    /// that, because batches are applied in order.
+    Shipped,
     /// Unknown: send the whole content whatever it is.
     Unknown,
 }
@@ -311,12 +310,11 @@ impl SpaceLedger {
     }
 
     fn take(&mut self, pfn: Pfn, batch: BatchId) -> Base {
-        let in_flight = !self.travelling.insert(pfn);
+        self.travelling.insert(pfn);
         let newest = std::mem::replace(&mut self.newest[index(pfn)], batch.0);
         match newest {
             LOST => Base::Unknown,
-            _ if in_flight => Base::InFlight,
-            held => Base::Held(BatchId(held)),
+            _ => Base::Shipped,
         }
     }
 }
@@ -372,17 +370,17 @@ mod tests {
         let (first, _) = ledger.take(Now::ZERO, PageCount(1), None);
         ledger.owe(Now::ZERO, &writes(1, &[0]));
         let (second, taken) = ledger.take(Now::ZERO, PageCount(1), None);
-        assert_eq!(taken[0].base, Base::InFlight);
+        assert_eq!(taken[0].base, Base::Shipped);
         ledger.held(first);
         assert_eq!(ledger.debt(), PageCount(1));
         ledger.owe(Now::ZERO, &writes(1, &[0]));
         let (third, taken) = ledger.take(Now::ZERO, PageCount(1), None);
-        assert_eq!(taken[0].base, Base::InFlight, "the second copy is still on its way");
+        assert_eq!(taken[0].base, Base::Shipped, "the second copy is still on its way");
         ledger.held(second);
         ledger.held(third);
         assert_eq!(ledger.debt(), PageCount::ZERO);
         ledger.owe(Now::ZERO, &writes(1, &[0]));
-        assert_eq!(ledger.take(Now::ZERO, PageCount(1), None).1[0].base, Base::Held(third));
+        assert_eq!(ledger.take(Now::ZERO, PageCount(1), None).1[0].base, Base::Shipped);
     }
 
     #[test]

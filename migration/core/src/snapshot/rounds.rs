@@ -75,10 +75,10 @@ impl Walk {
             let mut last = None;
             for pfn in set.from(self.at.1).take(room) {
                 let page = PageId { space: *space, pfn };
-                // A reader has applied every batch before this one when it comes to this one: what was written last
-                // is what it holds.
-                let base = Base::Held(BatchId(0));
-                pages.push(Owed { page, base });
+                pages.push(Owed {
+                    page,
+                    base: Base::Shipped,
+                });
                 last = Some(pfn);
             }
             if let (Some(last), true) = (last, pages.len() == limits::BATCH_PAGES) {

@@ -29,7 +29,7 @@ use std::time::Duration;
 
 use umbra_units::{BatchId, Bytes, Epoch, GuestId, Now, PageCount, PageId, Ratio, SessionId, Term};
 
-pub use encoder::{DEFAULT_CACHE, Encoded, Encoder};
+pub use encoder::{CacheCounts, DEFAULT_CACHE, Encoded, Encoder};
 pub use switchover::{Attempt, SwitchoverOptions};
 
 use crate::batch::{Close, PageCounts};
