@@ -400,7 +400,8 @@ pub(crate) struct ProtectArgs {
     /// Show this identity instead of the process's own
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: Option<PathBuf>,
-    /// How to follow: memory for deltas, compression of batches, the time between two harvests
+    /// How to follow: memory for deltas, compression of batches, the time between two harvests, threads and processor
+    /// share for encoding
     #[arg(long, value_name = Follow::SYNTAX, value_parser = Follow::parse)]
     pub(crate) follow: Option<Follow>,
     /// Return only when the shadow has everything and is ready for a switchover
@@ -730,34 +731,55 @@ pub(crate) struct Follow {
     pub(crate) cache: Option<Bytes>,
     pub(crate) compression: Option<Compression>,
     pub(crate) harvest: Option<Duration>,
+    pub(crate) encode_threads: Option<u8>,
+    pub(crate) encode_cpu_percent: Option<u32>,
 }
 
-/// When batches are compressed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, utoipa::ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Compression {
-    /// When the link is slower than the processor.
-    Auto,
-    /// Always.
-    On,
-    /// Never.
-    Off,
+/// When batches are compressed, and how: `auto`, `off`, `lz4` (also called `on`), `zstd` or `zstd:LEVEL`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) struct Compression(pub(crate) umbra_core::pack::Compression);
+
+impl TryFrom<String> for Compression {
+    type Error = umbra_core::pack::NotCompression;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        text.parse().map(Self)
+    }
+}
+
+impl From<Compression> for String {
+    fn from(compression: Compression) -> Self {
+        compression.0.to_string()
+    }
 }
 
 impl Follow {
-    const SYNTAX: &'static str = "[cache=SIZE][,compression=auto|on|off][,harvest=TIME]";
+    const SYNTAX: &'static str = "[cache=SIZE][,compression=auto|off|lz4|zstd[:LEVEL]][,harvest=TIME][,encode-threads=N]\
+                                  [,encode-cpu=PERCENT]";
     /// A shorter time between harvests costs the guest more than it gives the shadow; a longer one is no following.
     const HARVEST: core::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(10);
     /// Beyond this nothing is gained: the cache holds a copy of what the shadow has.
     const CACHE_MOST: Bytes = Bytes::mib(16 << 10);
 
     fn parse(text: &str) -> Result<Self, BadValue> {
-        let fields = Fields::of(text, &["cache", "compression", "harvest"])?;
-        let compression = |key, text: &str| match text {
-            "auto" => Ok(Compression::Auto),
-            "on" => Ok(Compression::On),
-            "off" => Ok(Compression::Off),
-            _ => Err(BadValue::new(key, "auto, on or off", text)),
+        let fields = Fields::of(
+            text,
+            &["cache", "compression", "harvest", "encode-threads", "encode-cpu"],
+        )?;
+        let compression = |key, text: &str| {
+            let expected = "auto, off, lz4, zstd, or zstd:LEVEL with a level from -7 to 19 other than 0";
+            text.parse()
+                .map(Compression)
+                .map_err(|_| BadValue::new(key, expected, text))
+        };
+        let threads = |key, text: &str| match text.parse() {
+            Ok(threads) if limits::ENCODE_THREADS.contains(&threads) => Ok(threads),
+            _ => Err(BadValue::new(key, "a number from 1 to 64", text)),
+        };
+        let cpu = |key, text: &str| match text.trim_end_matches('%').parse() {
+            Ok(percent) if limits::ENCODE_CPU_PERCENT.contains(&percent) => Ok(percent),
+            _ => Err(BadValue::new(key, "percent of one core, from 1 to 6400", text)),
         };
         let cache = |key, text: &str| match units::size(key, text)? {
             size if size <= Self::CACHE_MOST => Ok(size),
@@ -771,6 +793,8 @@ impl Follow {
             cache: fields.read("cache", cache)?,
             compression: fields.read("compression", compression)?,
             harvest: fields.read("harvest", harvest)?,
+            encode_threads: fields.read("encode-threads", threads)?,
+            encode_cpu_percent: fields.read("encode-cpu", cpu)?,
         })
     }
 }
@@ -928,7 +952,8 @@ mod tests {
             (
                 "protect --api-socket s --peer p --to quic:127.0.0.1:7 --follow harvest=1us",
                 "error: invalid value 'harvest=1us' for '--follow \
-                 <[cache=SIZE][,compression=auto|on|off][,harvest=TIME]>': harvest: expected 1ms to 10s, got '1us'",
+                 <[cache=SIZE][,compression=auto|off|lz4|zstd[:LEVEL]][,harvest=TIME]\
+                 [,encode-threads=N][,encode-cpu=PERCENT]>': harvest: expected 1ms to 10s, got '1us'",
             ),
         ] {
             assert_eq!(error(&format!("umbra {line}")), expected);
@@ -961,15 +986,17 @@ mod tests {
     #[test]
     fn paths_and_listening_addresses_repeat() {
         let line = "umbra protect --api-socket s --to quic:192.0.2.1:7 --to quic:192.0.2.2:7,local=192.0.2.9 --peer p \
-                    --follow 128M,compression=off,harvest=50ms";
+                    --follow 128M,compression=off,harvest=50ms,encode-threads=2,encode-cpu=150";
         let Ok(Command::Protect(protect)) = parse(line) else {
             panic!("not understood")
         };
         assert_eq!(protect.to.len(), 2);
         let follow = Follow {
             cache: Some(Bytes::mib(128)),
-            compression: Some(Compression::Off),
+            compression: Some(Compression(umbra_core::pack::Compression::Off)),
             harvest: Some(Duration::from_millis(50)),
+            encode_threads: Some(2),
+            encode_cpu_percent: Some(150),
         };
         assert_eq!(protect.follow, Some(follow));
         let Ok(Command::Shadow(shadow)) =

@@ -118,6 +118,8 @@ pub(crate) fn protect(args: &ProtectArgs) -> Result<Code, Failure> {
         cache_bytes: follow.cache.map(|cache| cache.0),
         compression: follow.compression,
         harvest_ms: follow.harvest.map(ms),
+        encode_threads: follow.encode_threads,
+        encode_cpu_percent: follow.encode_cpu_percent,
     };
     let client = Client::new(&args.target.api_socket);
     process::small_runtime()?.block_on(async {

@@ -53,3 +53,9 @@ pub(crate) const HAND_OVER_WORD: Duration = Duration::from_secs(5);
 
 /// How long `umbra migrate` waits for that word before it says that it does not know.
 pub(crate) const MIGRATE_WORD: Duration = Duration::from_secs(30);
+
+/// Threads that encode for one guest.
+pub(crate) const ENCODE_THREADS: core::ops::RangeInclusive<u8> = 1..=64;
+
+/// Processor time that they may use, in percent of one core.
+pub(crate) const ENCODE_CPU_PERCENT: core::ops::RangeInclusive<u32> = 1..=6400;

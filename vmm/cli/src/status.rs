@@ -5,7 +5,8 @@ use core::fmt::Write;
 use umbra_units::{Bytes, PAGE_SIZE};
 
 use crate::api::types::{
-    GuestState, JobKind, JobState, PathStatus, Role, SnapshotKind, SnapshotReport, Status, SwitchoverReport,
+    EncodeStatus, GuestState, JobKind, JobState, PathStatus, Role, SnapshotKind, SnapshotReport, Status,
+    SwitchoverReport,
 };
 use crate::units::percent;
 
@@ -51,6 +52,14 @@ pub(crate) fn text(status: &Status) -> String {
         );
         row(&mut out, "pages", &text);
     }
+    if let Some(encode) = &status.encode {
+        row(&mut out, "batches", &batches(encode));
+        let text = format!(
+            "{} of use, {} missing, {} of no use, {} made room",
+            encode.cache_hits, encode.cache_misses, encode.cache_useless, encode.cache_evictions
+        );
+        row(&mut out, "kept pages", &text);
+    }
     if status.role == Role::Source {
         let pause = status
             .predicted_pause_ms
@@ -92,6 +101,22 @@ pub(crate) fn text(status: &Status) -> String {
     }
     row(&mut out, "identity", &status.identity);
     out
+}
+
+fn batches(encode: &EncodeStatus) -> String {
+    let mut text = format!(
+        "{} as they are, {} by lz4, {} by zstd",
+        encode.batches_none, encode.batches_lz4, encode.batches_zstd
+    );
+    if encode.bytes_before > encode.bytes_after {
+        let _ = write!(
+            text,
+            "; {} became {}",
+            Bytes(encode.bytes_before),
+            Bytes(encode.bytes_after)
+        );
+    }
+    text
 }
 
 struct LinkTexts {
@@ -248,7 +273,7 @@ pub(crate) fn snapshot(report: &SnapshotReport) -> String {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::api::types::{Breakdown, LinkStatus, PageCounts};
+    use crate::api::types::{Breakdown, EncodeStatus, LinkStatus, PageCounts};
 
     fn path(id: u16, state: &str) -> PathStatus {
         PathStatus {
@@ -298,6 +323,17 @@ pub(crate) mod tests {
                 raw: 400,
                 dup: 50,
             }),
+            encode: Some(EncodeStatus {
+                batches_none: 1,
+                batches_lz4: 20,
+                batches_zstd: 3,
+                bytes_before: 30 << 20,
+                bytes_after: 10 << 20,
+                cache_hits: 300,
+                cache_misses: 40,
+                cache_useless: 5,
+                cache_evictions: 6,
+            }),
             switching: false,
             reasons: vec!["the shadow says: 80.0 % complete, 90.0 % wanted".to_owned()],
             paths: vec![path(0, "up"), path(1, "silent")],
@@ -327,6 +363,8 @@ session       following, 100.0 % seeded
 behind by     512 pages (2.0 MiB), 400 written at the last look
 shipped       10.0 MiB
 pages         400 whole, 300 as changes, 50 as copies, 200 zero, 100 the same
+batches       1 as they are, 20 by lz4, 3 by zstd; 30.0 MiB became 10.0 MiB
+kept pages    300 of use, 40 missing, 5 of no use, 6 made room
 pause if now  12.3 ms
 not ready     the shadow says: 80.0 % complete, 90.0 % wanted
 path 0        up      192.0.2.0:7000, 20.0 ms, 98.8 Mbit/s, 0.1 % lost, 5.0 MiB (50.0 %)
@@ -355,6 +393,7 @@ identity      {}
             seeded: None,
             debt: None,
             counts: None,
+            encode: None,
             shipped_bytes: None,
             reasons: Vec::new(),
             paths: Vec::new(),

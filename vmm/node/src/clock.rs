@@ -1,8 +1,15 @@
 //! The only place in the product that reads a clock.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use umbra_units::Now;
+
+/// Processor time that this thread has used.
+pub(crate) fn thread_time() -> Duration {
+    let used = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    let part = |part: i64| u64::try_from(part).unwrap_or(0);
+    Duration::from_secs(part(used.tv_sec)) + Duration::from_nanos(part(used.tv_nsec))
+}
 
 /// Moments since this clock was made. Copies agree with each other.
 #[derive(Debug, Clone, Copy)]

@@ -7,7 +7,7 @@
 //!
 //! ```text
 //!   commands ──▶ ┌────────────┐  plans   ┌─────────────┐ batches ┌──────┐        ┌──────┐ batches ┌───────────┐
-//!                │ source     ├─────────▶│ encode hand ├────────▶│      │  QUIC  │      ├────────▶│ twin hand │
+//!                │ source     ├─────────▶│ encoders    ├────────▶│      │  QUIC  │      ├────────▶│ twin hand │
 //!   events   ◀── │ task       │          └─────────────┘         │ link │◀══════▶│ link │         └─────┬─────┘
 //!                │ (Source)   │  steps   ┌─────────────┐         │      │ paths  │      │  messages     │ answers
 //!                │            ├─────────▶│ guest hand  │         │      │        │      │◀────────┐     ▼
@@ -23,6 +23,7 @@
 #![forbid(unsafe_code)]
 
 mod clock;
+mod encode;
 mod error;
 mod hands;
 mod link;
@@ -31,6 +32,7 @@ pub mod snapshot;
 pub mod source;
 
 pub use clock::Clock;
+pub use encode::{EncodeConfig, EncodeStatus};
 pub use error::{CommandError, StartError, SwitchoverError};
 pub use shadow::{ShadowHandle, ShadowNode, ShadowNodeStatus, TakenOver};
-pub use source::{Compression, GuestIdentity, ProtectConfig, Protection, ProtectionStatus};
+pub use source::{GuestIdentity, ProtectConfig, Protection, ProtectionStatus};

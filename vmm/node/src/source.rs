@@ -4,42 +4,40 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
-use umbra_core::batch::PageCounts;
 use umbra_core::error::Fault;
 use umbra_core::event::Event;
 use umbra_core::guest::{Guest, Harvest, StateRecord};
 use umbra_core::phase::SourcePhase;
 use umbra_core::predict::LinkFacts;
 use umbra_core::report::SwitchoverReport;
-use umbra_core::source::{Encoder, Outcome, Output, Plan, Source, SourceConfig, SourceStatus, Step, SwitchoverOptions};
+use umbra_core::source::{Encoder, Outcome, Output, Source, SourceConfig, SourceStatus, Step, SwitchoverOptions};
 use umbra_core::wire::Message;
 use umbra_paths::{Class, LinkEvent};
 use umbra_quic::{LinkHandle, LinkReceiver, LinkSender, Stats};
-use umbra_units::{Bandwidth, BatchId, Bytes, GuestId, Now, PageId, SessionId, Term};
+use umbra_units::{Bytes, GuestId, Now, SessionId, Term};
 
 use crate::clock::Clock;
+use crate::encode::{Done, EncodeConfig, EncodeStatus, Encoders};
 use crate::error::{CommandError, StartError, SwitchoverError};
 use crate::hands::{Answers, Hand};
 use crate::link::{Mouth, facts_of};
 
-/// Batches being copied and encoded at once: one under way, and the next ones ready for it.
-const ENCODE_AHEAD: usize = 3;
-/// Above this rate the link is quicker than lz4 on one core, and compression only costs.
-const TOO_FAST_TO_COMPRESS: Bandwidth = Bandwidth(400 << 20);
+/// Batches that are ready for an encoding thread, beside those under way.
+const ENCODE_AHEAD: usize = 2;
 /// How often the link's rate is looked at while nothing else happens.
 const LOOK_AT_LINK: Duration = Duration::from_millis(20);
 /// Events that a slow listener may be behind before it misses some.
 const EVENTS_KEPT: usize = 256;
 
 /// How a guest is protected.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ProtectConfig {
     /// Pace and batch size.
     pub source: SourceConfig,
     /// Page contents kept to make deltas against.
     pub cache: Bytes,
-    /// Whether batches may be compressed.
-    pub compression: Compression,
+    /// How much of this host encoding may use, and for what.
+    pub encode: EncodeConfig,
 }
 
 impl Default for ProtectConfig {
@@ -47,21 +45,9 @@ impl Default for ProtectConfig {
         Self {
             source: SourceConfig::default(),
             cache: umbra_core::source::DEFAULT_CACHE,
-            compression: Compression::Auto,
+            encode: EncodeConfig::default(),
         }
     }
-}
-
-/// When batches are compressed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Compression {
-    /// When the link is slower than the processor.
-    #[default]
-    Auto,
-    /// Always (batches that do not shrink still travel as they are).
-    On,
-    /// Never.
-    Off,
 }
 
 /// What a protected guest is called, and who runs it.
@@ -78,6 +64,8 @@ pub struct GuestIdentity {
 pub struct ProtectionStatus {
     /// What the state machine says.
     pub source: SourceStatus,
+    /// What encoding chose, and what came of it.
+    pub encode: EncodeStatus,
     /// What the link says; `None` once it is over.
     pub link: Option<Stats>,
     /// The last thing that went wrong, on either side, if anything did.
@@ -205,16 +193,8 @@ enum Answer {
     Harvested(Harvest),
     Paused,
     Saved(Vec<StateRecord>),
-    Audited(Vec<PageId>),
-    Encoded(BatchId, Bytes, PageCounts),
+    Encoder(Done),
     Failed(Fault),
-}
-
-/// What the encoding hand is given.
-#[derive(Debug)]
-enum Work {
-    Encode { plan: Plan, compress: bool },
-    Audit,
 }
 
 struct SourceTask {
@@ -223,13 +203,13 @@ struct SourceTask {
     sender: LinkSender,
     mouth: Mouth,
     guest_hand: Hand<Step>,
-    encode_hand: Hand<Work>,
+    encoders: Encoders,
     answers: mpsc::UnboundedReceiver<(Now, Answer)>,
     events: broadcast::Sender<Event>,
     clock: Clock,
-    compression: Compression,
-    /// Plans given to the encoding hand and not yet answered.
+    /// Plans given to the encoders and not yet answered, and how many there may be.
     encoding: usize,
+    encoding_most: usize,
     facts: LinkFacts,
     mover: Option<oneshot::Sender<Result<SwitchoverReport, SwitchoverError>>>,
     last_error: Option<String>,
@@ -256,19 +236,34 @@ impl SourceTask {
             guest.describe(),
             &spaces,
         );
-        let encoder = Encoder::new(&spaces, config.cache);
+        // The session is drawn by chance and nothing the guest could know.
+        let [.., a, b, c, d, e, f, g, h] = session.0;
+        let encoder = Encoder::new(&spaces, config.cache).keyed(u64::from_le_bytes([a, b, c, d, e, f, g, h]));
+        let (link, done) = (sender.clone(), answer.clone());
+        let encoders = Encoders::start(
+            config.encode,
+            encoder,
+            clock,
+            move |urgent, bytes| {
+                let class = if urgent { Class::Urgent } else { Class::Bulk };
+                // A link that takes no more is closed, and says so itself.
+                let _ = link.send_block_blocking(class, bytes);
+            },
+            // Nobody listens any more once the session is over.
+            move |at, what| drop(done.send((at, Answer::Encoder(what)))),
+        )?;
         Ok(Self {
             source,
-            guest_hand: start_guest_hand(Arc::clone(&guest), clock, answer.clone())?,
-            encode_hand: start_encode_hand(Arc::clone(&guest), encoder, sender.clone(), clock, answer)?,
+            guest_hand: start_guest_hand(Arc::clone(&guest), clock, answer)?,
+            encoders,
             guest,
             mouth: Mouth::start(sender.clone()),
             sender,
             answers,
             events,
             clock,
-            compression: config.compression,
             encoding: 0,
+            encoding_most: config.encode.threads.max(1) + ENCODE_AHEAD,
             facts: LinkFacts::default(),
             mover: None,
             last_error: None,
@@ -297,13 +292,13 @@ impl SourceTask {
         }
     }
 
-    /// Do everything the state machine wants done, and keep the encoding hand busy while the link has room.
+    /// Do everything the state machine wants done, and keep the encoders busy while the link has room.
     fn perform(&mut self) {
         loop {
             while let Some(output) = self.source.poll_output() {
                 match output {
                     Output::Send(message) => self.mouth.say(&message),
-                    Output::Do(Step::Audit) => self.encode_hand.give(Work::Audit),
+                    Output::Do(Step::Audit) => self.encoders.audit(Arc::clone(&self.guest)),
                     // Here and now, not by the hand: what follows is "go".
                     Output::Do(Step::GiveUp) => self.guest.give_up(),
                     Output::Do(step) => self.guest_hand.give(step),
@@ -312,25 +307,16 @@ impl SourceTask {
                 }
             }
             let urgent = self.source.phase() == SourcePhase::Final;
-            if self.encoding >= ENCODE_AHEAD || !(urgent || *self.sender.room().borrow() > 0) {
+            if self.encoding >= self.encoding_most || !(urgent || *self.sender.room().borrow() > 0) {
                 return;
             }
             let Some(plan) = self.source.take_plan(self.clock.now()) else {
                 return;
             };
             self.encoding += 1;
-            self.encode_hand.give(Work::Encode {
-                plan,
-                compress: self.compresses(),
-            });
-        }
-    }
-
-    fn compresses(&self) -> bool {
-        match self.compression {
-            Compression::Auto => self.facts.rate < TOO_FAST_TO_COMPRESS,
-            Compression::On => true,
-            Compression::Off => false,
+            let hurry = urgent || self.source.is_switching();
+            let guest = Arc::clone(&self.guest);
+            self.encoders.encode(plan, guest, hurry);
         }
     }
 
@@ -340,12 +326,12 @@ impl SourceTask {
             Answer::Harvested(harvest) => self.source.handle_harvest(at, &harvest),
             Answer::Paused => self.source.handle_paused(at),
             Answer::Saved(records) => self.source.handle_saved(at, records),
-            Answer::Audited(differing) => self.source.handle_audited(at, &differing),
-            Answer::Encoded(batch, bytes, counts) => {
+            Answer::Encoder(Done::Audited(differing)) => self.source.handle_audited(at, &differing),
+            Answer::Encoder(Done::Encoded(batch, bytes, counts)) => {
                 self.encoding -= 1;
                 self.source.handle_encoded(at, batch, bytes, counts);
             }
-            Answer::Failed(fault) => {
+            Answer::Failed(fault) | Answer::Encoder(Done::Failed(fault)) => {
                 self.last_error = Some(fault.to_string());
                 self.source.handle_failed(fault);
             }
@@ -401,6 +387,7 @@ impl SourceTask {
         let facts = facts_of(&stats.link);
         if facts != self.facts {
             self.facts = facts;
+            self.encoders.link(facts.rate);
             self.source.handle_link(facts);
         }
     }
@@ -423,6 +410,7 @@ impl SourceTask {
         let link = self.sender.stats().await.ok();
         ProtectionStatus {
             source: self.source.status(),
+            encode: self.encoders.status(),
             link,
             last_error: self.last_error.clone(),
         }
@@ -457,34 +445,9 @@ fn start_guest_hand(guest: Arc<dyn Guest>, clock: Clock, answers: Answers<Answer
                 guest.put_back(&debt);
                 guest.track(false).map(|()| None)
             }
-            Step::Audit => unreachable!("audits go to the encoding hand, which has the table"),
+            Step::Audit => unreachable!("audits go to the encoders, who have the table"),
             Step::GiveUp => unreachable!("done by the task itself"),
         };
         done.unwrap_or_else(|error| Some(Answer::Failed(error.into())))
-    })
-}
-
-/// The hand that copies pages out of the guest, encodes them and gives them to the link.
-fn start_encode_hand(
-    guest: Arc<dyn Guest>,
-    mut encoder: Encoder,
-    link: LinkSender,
-    clock: Clock,
-    answers: Answers<Answer>,
-) -> Result<Hand<Work>, StartError> {
-    Hand::start("umbra-encode", clock, answers, move |work| {
-        let done = match work {
-            Work::Audit => encoder.audit(&*guest).map(Answer::Audited),
-            Work::Encode { plan, compress } => {
-                let class = if plan.urgent { Class::Urgent } else { Class::Bulk };
-                encoder.encode(plan, &*guest, compress).map(|encoded| {
-                    let size = Bytes::of_len(encoded.bytes.len());
-                    // A link that takes no more is closed, and says so itself.
-                    let _ = link.send_block_blocking(class, encoded.bytes);
-                    Answer::Encoded(encoded.id, size, encoded.counts)
-                })
-            }
-        };
-        Some(done.unwrap_or_else(Answer::Failed))
     })
 }

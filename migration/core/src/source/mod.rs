@@ -254,6 +254,11 @@ impl Source {
         self.term
     }
 
+    /// Whether a switchover is under way.
+    pub const fn is_switching(&self) -> bool {
+        self.switching.is_some()
+    }
+
     /// The epoch that pages shipped now will belong to.
     pub const fn epoch(&self) -> Epoch {
         self.epoch

@@ -42,6 +42,27 @@ pub(crate) fn text(status: &Status, counters: &Counters) -> String {
             page.line("umbra_shipped_pages_total", &format!("encoding=\"{encoding}\""), count);
         }
     }
+    if let Some(encode) = &status.encode {
+        page.head("umbra_batches_total", "counter");
+        for (method, count) in [
+            ("none", encode.batches_none),
+            ("lz4", encode.batches_lz4),
+            ("zstd", encode.batches_zstd),
+        ] {
+            page.line("umbra_batches_total", &format!("method=\"{method}\""), count);
+        }
+        page.one("umbra_batch_bytes_before_total", "counter", encode.bytes_before);
+        page.one("umbra_batch_bytes_after_total", "counter", encode.bytes_after);
+        page.head("umbra_kept_pages_total", "counter");
+        for (what, count) in [
+            ("hit", encode.cache_hits),
+            ("miss", encode.cache_misses),
+            ("useless", encode.cache_useless),
+            ("eviction", encode.cache_evictions),
+        ] {
+            page.line("umbra_kept_pages_total", &format!("what=\"{what}\""), count);
+        }
+    }
     page.some(
         "umbra_parity_bytes_total",
         "counter",

@@ -105,6 +105,8 @@ pub(crate) struct Status {
     pub(crate) shipped_bytes: Option<u64>,
     /// How pages travelled so far.
     pub(crate) counts: Option<PageCounts>,
+    /// How batches were compressed and contents kept. At a source only.
+    pub(crate) encode: Option<EncodeStatus>,
     /// Whether a switchover is under way.
     pub(crate) switching: bool,
     /// Everything that speaks against a switchover now.
@@ -121,6 +123,46 @@ pub(crate) struct Status {
     pub(crate) last_error: Option<String>,
     /// Why the process is about to end.
     pub(crate) exit: Option<String>,
+}
+
+/// How batches were compressed and contents kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub(crate) struct EncodeStatus {
+    /// Batches that travelled as they are.
+    pub(crate) batches_none: u64,
+    /// Batches compressed by lz4.
+    pub(crate) batches_lz4: u64,
+    /// Batches compressed by zstd.
+    pub(crate) batches_zstd: u64,
+    /// Bytes of all batches before compression.
+    pub(crate) bytes_before: u64,
+    /// Bytes of all batches as they travelled.
+    pub(crate) bytes_after: u64,
+    /// Pages that travelled as what changed, because their content was kept.
+    pub(crate) cache_hits: u64,
+    /// Pages that had travelled before and whose content was not kept.
+    pub(crate) cache_misses: u64,
+    /// Pages whose content was kept and of which too much had changed.
+    pub(crate) cache_useless: u64,
+    /// Contents that made room for those of busier pages.
+    pub(crate) cache_evictions: u64,
+}
+
+impl From<umbra_node::EncodeStatus> for EncodeStatus {
+    fn from(status: umbra_node::EncodeStatus) -> Self {
+        let umbra_node::EncodeStatus { packed, cache } = status;
+        Self {
+            batches_none: packed.none,
+            batches_lz4: packed.lz4,
+            batches_zstd: packed.zstd,
+            bytes_before: packed.before.0,
+            bytes_after: packed.after.0,
+            cache_hits: cache.hits,
+            cache_misses: cache.misses,
+            cache_useless: cache.useless,
+            cache_evictions: cache.evictions,
+        }
+    }
 }
 
 /// How pages travelled.
@@ -373,12 +415,19 @@ pub(crate) struct ProtectRequest {
     /// Page contents kept to make deltas against.
     #[serde(default)]
     pub(crate) cache_bytes: Option<u64>,
-    /// When batches are compressed.
+    /// When batches are compressed, and how: `auto`, `off`, `lz4` (also called `on`), `zstd` or `zstd:LEVEL`.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub(crate) compression: Option<Compression>,
     /// Between two harvests of a guest that writes.
     #[serde(default)]
     pub(crate) harvest_ms: Option<f64>,
+    /// Threads that encode, 1 to 64; by default half of the host's cores, but at most 4.
+    #[serde(default)]
+    pub(crate) encode_threads: Option<u8>,
+    /// Processor time that encoding may use while no switchover is under way, in percent of one core, 1 to 6400.
+    #[serde(default)]
+    pub(crate) encode_cpu_percent: Option<u32>,
 }
 
 /// `PUT /api/v1/migrate`. What is `null` or missing is as `umbra migrate --help` says.
@@ -649,7 +698,7 @@ mod tests {
         let protect = json!({"to": ["quic:192.0.2.1:7"], "peers": ["ab"], "compression": "off"});
         assert_eq!(
             from_value::<ProtectRequest>(protect).unwrap().compression,
-            Some(Compression::Off)
+            Some(Compression(umbra_core::pack::Compression::Off))
         );
     }
 

@@ -324,6 +324,8 @@ impl Stage {
             cache_bytes: None,
             compression: None,
             harvest_ms: None,
+            encode_threads: None,
+            encode_cpu_percent: None,
         };
         source.api.put("protect", &request).await?;
         self.note("its shadow is being filled, over three networks at once");

@@ -84,6 +84,7 @@ impl Vm {
             predicted_pause_ms: None,
             shipped_bytes: None,
             counts: None,
+            encode: None,
             switching: state.switching(),
             reasons: Vec::new(),
             paths: Vec::new(),
@@ -126,6 +127,7 @@ impl Status {
     fn add_session(&mut self, session: &Session, protection: &ProtectionStatus) {
         let ProtectionStatus {
             source,
+            encode,
             link,
             last_error,
         } = protection;
@@ -152,6 +154,7 @@ impl Status {
         self.predicted_pause_ms = source.predicted_pause.map(ms);
         self.shipped_bytes = Some(shipped.0);
         self.counts = Some((*counts).into());
+        self.encode = Some((*encode).into());
         self.reasons.clone_from(&source.reasons);
         self.last_error = last_error.clone().or_else(|| self.last_error.take());
         self.add_link(link.as_ref(), Some(&session.paths));

@@ -44,11 +44,25 @@ impl Wanted {
             config.source.harvest_every = span;
             config.source.harvest_idle = config.source.harvest_idle.max(span);
         }
-        config.compression = match request.compression {
-            None | Some(Compression::Auto) => umbra_node::Compression::Auto,
-            Some(Compression::On) => umbra_node::Compression::On,
-            Some(Compression::Off) => umbra_node::Compression::Off,
-        };
+        if let Some(Compression(compression)) = request.compression {
+            config.encode.compression = compression;
+        }
+        if let Some(threads) = request.encode_threads {
+            let (least, most) = limits::ENCODE_THREADS.into_inner();
+            if !limits::ENCODE_THREADS.contains(&threads) {
+                let text = format!("expected {least} to {most}, got {threads}");
+                return Err(bad("encode_threads", text));
+            }
+            config.encode.threads = usize::from(threads);
+        }
+        if let Some(percent) = request.encode_cpu_percent {
+            let (least, most) = limits::ENCODE_CPU_PERCENT.into_inner();
+            if !limits::ENCODE_CPU_PERCENT.contains(&percent) {
+                let text = format!("expected {least} to {most}, got {percent}");
+                return Err(bad("encode_cpu_percent", text));
+            }
+            config.encode.cores = Some(f64::from(percent) / 100.0);
+        }
         Ok(Self {
             paths: request.to.iter().map(path).collect::<Result<_, _>>()?,
             peers,

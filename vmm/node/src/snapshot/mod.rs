@@ -39,9 +39,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use umbra_core::batch::PageCounts;
+use umbra_core::batch::{self, PageCounts};
+use umbra_core::choose::Chooser;
 use umbra_core::guest::{Guest, GuestError, Harvest, Space, StateRecord};
 use umbra_core::limits;
+use umbra_core::pack::{Compression, Packer};
 use umbra_core::snapshot::{Checksum, Index, Manifest, Parent, Part, Rounds, Summing, Unreadable, Walk, encode_state};
 use umbra_core::source::Encoder;
 use umbra_units::{BatchId, Bytes, Epoch, Now, PageCount, SnapshotId};
@@ -361,6 +363,9 @@ struct Attempt<'a> {
     clock: Clock,
     began: Now,
     encoder: Encoder,
+    /// A disk is quicker than anything but lz4.
+    chooser: Chooser,
+    packer: Packer,
     cut: Epoch,
     first_batch: BatchId,
     next_batch: BatchId,
@@ -383,7 +388,10 @@ impl<'a> Attempt<'a> {
         let guest = Arc::clone(snapshotter.shared.guest());
         let base = snapshotter.base.as_ref().filter(|_| request.kind == Kind::Differential);
         // A copy: what the parent holds must still be known if this comes to nothing.
-        let encoder = base.map_or_else(|| Encoder::new(&guest.spaces(), Bytes(0)), |base| base.encoder.clone());
+        let encoder = base.map_or_else(
+            || Encoder::new(&guest.spaces(), Bytes(0)).keyed(secret(request.id)),
+            |base| base.encoder.clone(),
+        );
         let first_batch = base.map_or(BatchId(1), |base| base.manifest.next_batch());
         Self {
             log: &snapshotter.log,
@@ -393,6 +401,8 @@ impl<'a> Attempt<'a> {
             clock,
             began: clock.now(),
             encoder,
+            chooser: Chooser::new(Compression::Lz4, 1.0),
+            packer: Packer::new(),
             cut: base.map_or(Epoch(1), |base| base.manifest.cut.next()),
             first_batch,
             next_batch: first_batch,
@@ -585,6 +595,17 @@ impl<'a> Attempt<'a> {
         Ok((records, count))
     }
 
+    fn pack(&mut self, draft: batch::Draft) -> Vec<u8> {
+        let body = draft.body();
+        let method = self.chooser.choose(body, false);
+        let began = self.clock.now();
+        let (bytes, became) = draft.pack(method, &mut self.packer);
+        let took = self.clock.now().since(began);
+        self.chooser
+            .packed(method, became, body, Bytes::of_len(bytes.len()), took);
+        bytes
+    }
+
     /// Copy these pages and lay them on the belt. In the pause it is too late to take it back.
     fn copy(&mut self, pages: Harvest, belt: &Belt, may_be_cancelled: bool) -> Result<(), SnapshotError> {
         let mut walk = Walk::new(pages);
@@ -594,18 +615,24 @@ impl<'a> Attempt<'a> {
             }
             self.watch.copied.fetch_add(plan.pages.len() as u64, Ordering::Relaxed);
             self.watch.left.store(walk.left().0, Ordering::Relaxed);
-            let encoded = self.encoder.encode(plan, &*self.guest, true)?;
-            self.counts.add(&encoded.counts);
-            if encoded.counts.total() == encoded.counts.same {
+            let draft = self.encoder.draft(plan, &*self.guest)?;
+            self.counts.add(&draft.counts());
+            if draft.counts().travelled() == 0 {
                 continue; // nothing in it that the parent does not have: its number is free
             }
             self.next_batch = self.next_batch.next();
-            if !belt.put(encoded.bytes) {
+            if !belt.put(self.pack(draft)) {
                 return Err(disk_failed());
             }
         }
         Ok(())
     }
+}
+
+/// Drawn by chance and nothing the guest could know, like the id it is made from.
+fn secret(id: SnapshotId) -> u64 {
+    let [a, b, c, d, e, f, g, h, ..] = id.0;
+    u64::from_le_bytes([a, b, c, d, e, f, g, h])
 }
 
 /// Only until the writer says itself what happened.
