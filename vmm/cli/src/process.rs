@@ -11,7 +11,7 @@ use umbra_quic::{Identity, Peers};
 use umbra_units::Bytes;
 
 use crate::api::server::Server;
-use crate::api::types::{Counters, DirtyLogChoice, VcpuCounters};
+use crate::api::types::{Captures, Counters, DirtyLogChoice, VcpuCounters};
 use crate::args::ProcessArgs;
 use crate::console::{Console, ConsoleOut};
 use crate::events::{Events, Teller};
@@ -164,10 +164,16 @@ impl Panel for FrontPanel {
                 why: log.why.clone(),
             }
         });
-        let vcpus = machine.map(|machine| machine.counters().vcpus);
+        let counters = machine.map(|machine| machine.counters()).unwrap_or_default();
+        let captures = Captures {
+            copy: counters.captures.copies,
+            parallel_copy: counters.captures.parallel_copies,
+            protect: counters.captures.protections,
+            faults: counters.captures.faults,
+        };
         let names =
             |counts: BTreeMap<&'static str, u64>| counts.into_iter().map(|(name, n)| (name.to_owned(), n)).collect();
-        let vcpus = vcpus.unwrap_or_default().into_iter().map(|vcpu| VcpuCounters {
+        let vcpus = counters.vcpus.into_iter().map(|vcpu| VcpuCounters {
             exits: names(vcpu.exits),
             emulated: names(vcpu.emulated),
             written_pages: vcpu.writes.map(|writes| writes.pages),
@@ -177,6 +183,7 @@ impl Panel for FrontPanel {
             vcpus: vcpus.collect(),
             balloon_bytes,
             dirty_log,
+            captures,
         }
     }
 }

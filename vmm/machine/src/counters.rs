@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::capture::CaptureCounters;
 use crate::dirty::VcpuWrites;
 use crate::emulate::Instruction;
 
@@ -14,6 +15,8 @@ use crate::emulate::Instruction;
 pub struct Counters {
     /// In the order of the vCPUs.
     pub vcpus: Vec<VcpuCounters>,
+    /// How pages were captured.
+    pub captures: CaptureCounters,
 }
 
 /// What one vCPU did.
@@ -133,6 +136,7 @@ mod tests {
         assert_eq!(told.emulated, BTreeMap::from([("stac", 2)]));
         let two = Counters {
             vcpus: vec![told.clone(), told],
+            captures: CaptureCounters::default(),
         };
         assert_eq!((two.total().exits["mmio_write"], two.total().emulated["stac"]), (6, 4));
     }

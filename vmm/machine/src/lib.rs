@@ -24,6 +24,7 @@
 //! | `backing` | whether the host has the memory, asked before it is taken |
 //! | `lazy`, `uffd` | memory that comes after the guest: faults that this process handles |
 //! | `dirty` | harvesting: KVM's log joined with the VMM's own |
+//! | `capture` | pages of a cut, readable while the guest runs on |
 //! | `gate`, `vcpu` | stop and go; one vCPU's thread and exits |
 //! | `emulate`, `fallback` | instructions that KVM's emulator does not know, on hosts that need it |
 //! | `counters` | what vCPUs left the guest for |
@@ -72,6 +73,7 @@ mod backend;
 mod backing;
 mod board;
 mod boot;
+mod capture;
 mod counters;
 mod dirty;
 mod emulate;
@@ -90,6 +92,7 @@ mod vcpu;
 mod worker;
 
 pub use boot::BootFiles;
+pub use capture::CaptureCounters;
 pub use config::{Backing, DirtyLog, HugePages, MachineConfig, OnReset, RingEntries, Shape, Sharing};
 pub use counters::{Counters, VcpuCounters};
 pub use cpu::Template;

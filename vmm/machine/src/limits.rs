@@ -59,6 +59,12 @@ pub const RING_ENTRIES_MOST: u32 = 1 << 16;
 /// first a signal must have come in between.
 pub const RING_RENEWALS: u32 = 1000;
 
+/// Memory that is kept for captures to come, at most, when one is over.
+pub const CAPTURE_KEPT: Bytes = Bytes::mib(256);
+
+/// Pieces of 2 MiB that are at hand before the first capture: as much as a thousand pages.
+pub const CAPTURE_WARM: usize = 2;
+
 /// Virtio devices of one machine: each has a window of 4 KiB, an eventfd per queue and a share of ten interrupt lines.
 pub const VIRTIO_DEVICES: usize = 32;
 

@@ -31,7 +31,7 @@ use std::time::Duration;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Kvm, VmFd};
 use umbra_core::guest::{
-    Arrivals, Guest, GuestBuilder, GuestError, Harvest, PageBytes, PageReader, Space, StateRecord,
+    Arrivals, CaptureBy, Captured, Guest, GuestBuilder, GuestError, Harvest, PageBytes, PageReader, Space, StateRecord,
 };
 use umbra_devices::{FaultPlan, Out};
 use umbra_units::{Bytes, Gpa, PAGE_SIZE, PageCount, PageId, PageSet, Pfn, SpaceId};
@@ -41,6 +41,7 @@ use crate::board::Board;
 use crate::board::fit;
 use crate::board::spec::Spec;
 use crate::boot::{self, BootFiles};
+use crate::capture::{Capturer, Spare, only_ram};
 use crate::config::devices::Devices;
 use crate::config::{Backing, DirtyLog, MachineConfig, OnReset, Shape};
 use crate::counters::{Counters, Tally};
@@ -94,6 +95,7 @@ pub struct Machine {
     /// What the tracker joins with what devices write.
     log: Arc<dyn WriteLog>,
     dirty_log: DirtyLogReport,
+    capturer: Capturer,
     host: Host,
     description: Description,
     /// Save and restore vCPUs on their own threads: see [`Machine::each_vcpu`].
@@ -136,6 +138,8 @@ pub struct MachineBuilder {
     boot_files: Option<BootFiles>,
     fault: FaultPlan,
     dirty_log: DirtyLog,
+    /// Made with the builder, because a process that is confined when it builds could not.
+    spare: Spare,
 }
 
 /// Told of each machine built.
@@ -152,6 +156,7 @@ impl Machine {
             boot_files: Some(config.boot_files()),
             fault: config.fault(),
             dirty_log: config.dirty_log(),
+            spare: None,
         };
         let machine = Self::assemble(&plan, sinks)?;
         machine.board.take_hold()?;
@@ -172,6 +177,7 @@ impl Machine {
             boot_files: None,
             fault: FaultPlan::default(),
             dirty_log: DirtyLog::default(),
+            spare: Spare::new(),
         }
     }
 
@@ -269,7 +275,10 @@ impl Machine {
                 vcpu.writes = Some(writes);
             }
         }
-        Counters { vcpus }
+        Counters {
+            vcpus,
+            captures: self.capturer.counters(),
+        }
     }
 
     /// How its writes are recorded, and why so.
@@ -326,6 +335,7 @@ impl Machine {
             tracker: Tracker::new(log.clone(), memory.space()),
             log,
             dirty_log,
+            capturer: Capturer::new(&memory, plan.shape, plan.backing, plan.spare),
             vm,
             tallies: vcpus.iter().map(|_| Arc::default()).collect(),
             vcpus,
@@ -706,6 +716,8 @@ struct Plan<'a> {
     boot_files: Option<BootFiles>,
     fault: Option<&'a FaultPlan>,
     dirty_log: DirtyLog,
+    /// A userfaultfd that was made before; without it the machine makes its own.
+    spare: Option<&'a Spare>,
 }
 
 /// Which virtio devices there are to be.
@@ -854,6 +866,9 @@ impl Guest for Machine {
     }
 
     fn track(&self, on: bool) -> Result<(), GuestError> {
+        if on {
+            self.capturer.prepare();
+        }
         Ok(self.tracker.track(&self.memory, on)?)
     }
 
@@ -886,6 +901,16 @@ impl Guest for Machine {
     fn pause(&self) -> Result<(), GuestError> {
         self.try_pause();
         Ok(())
+    }
+
+    fn capture(&self, pages: &Harvest, by: Option<CaptureBy>) -> Result<Box<dyn Captured>, GuestError> {
+        let phase = self.phase();
+        if *phase == Phase::Running {
+            return Err(GuestError::WrongState(
+                "cannot capture: the guest is running; pause it first",
+            ));
+        }
+        Ok(self.capturer.capture(pages, by, self.tracker.pages_per_second())?)
     }
 
     fn resume(&self) -> Result<(), GuestError> {
@@ -926,16 +951,6 @@ impl Guest for Machine {
         self.console.release();
         self.board.release_output();
     }
-}
-
-fn only_ram(space: SpaceId) -> Result<(), Error> {
-    if space == SpaceId::RAM {
-        return Ok(());
-    }
-    Err(Error::Incompatible(format!(
-        "space {}: this guest has no such space",
-        space.0
-    )))
 }
 
 impl MachineBuilder {
@@ -1007,6 +1022,7 @@ impl MachineBuilder {
             boot_files: self.boot_files.clone(),
             fault: has_fault.then_some(&self.fault),
             dirty_log: self.dirty_log,
+            spare: Some(&self.spare),
         };
         let machine = Machine::assemble(&plan, (self.sinks)())?;
         same_devices(&wanted.devices, &machine.description.devices)?;
@@ -1123,6 +1139,7 @@ mod tests {
             boot_files: None,
             fault: None,
             dirty_log: DirtyLog::default(),
+            spare: None,
         };
         let mut machine = Machine::assemble(&plan, Sinks::discard()).unwrap();
         let registers = |machine: &Machine| {

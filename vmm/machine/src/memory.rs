@@ -25,14 +25,15 @@
 //! grows, except where a guest gives memory back ([`Memory::discard`]).
 
 use std::arch::asm;
+use std::fmt;
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use umbra_core::guest::{PageBytes, Space};
 use umbra_devices::virtio::balloon::MemoryAdvice;
@@ -61,7 +62,16 @@ pub(crate) struct Memory {
     fresh: AtomicBool,
     /// Pages that come after the guest, if it was ever so.
     awaited: Awaited,
+    /// Told of pages that are about to become holes.
+    before_discard: BeforeDiscard,
 }
+
+/// Who wants to be told of pages before they are given back.
+#[derive(Default)]
+struct BeforeDiscard(OnceLock<Box<OnDiscard>>);
+
+/// Told the first page, and how many.
+type OnDiscard = dyn Fn(Pfn, PageCount) + Send + Sync;
 
 /// One run of RAM, and one memory slot of KVM.
 #[derive(Debug)]
@@ -120,7 +130,19 @@ impl Memory {
             space,
             fresh: AtomicBool::new(true),
             awaited: Awaited::new(),
+            before_discard: BeforeDiscard::default(),
         })
+    }
+
+    /// Tell of pages before they are made holes, on the thread that does. Only the first call has an effect.
+    pub(crate) fn before_discard(&self, tell: impl Fn(Pfn, PageCount) + Send + Sync + 'static) {
+        let _ = self.before_discard.0.set(Box::new(tell));
+    }
+
+    fn about_to_discard(&self, first: Pfn, pages: PageCount) {
+        if let Some(tell) = self.before_discard.0.get() {
+            tell(first, pages);
+        }
     }
 
     /// The space this memory is.
@@ -169,6 +191,7 @@ impl Memory {
                 continue;
             }
             let run = index(from - block.first.0)..index(to - block.first.0);
+            self.about_to_discard(Pfn(from), PageCount(to - from));
             let done = block.discard(&run);
             // Marked after they became zeros, as any write is, and also if only some did: a harvest in between finds them in
             // the next.
@@ -194,6 +217,7 @@ impl Memory {
         }
         for block in &self.blocks {
             let region = self.mapped(block);
+            self.about_to_discard(block.first, block.pages);
             for run in block.clear()? {
                 let (first, pages) = (index(run.start), index(run.end - run.start));
                 region.bitmap().set_addr_range(first * PAGE_SIZE, pages * PAGE_SIZE);
@@ -257,6 +281,57 @@ impl Memory {
         Ok(())
     }
 
+    /// Copy pages in a row out, as many as fit.
+    pub(crate) fn read_run(&self, first: Pfn, out: &mut [u8]) -> Result<(), Error> {
+        let (pages, rest) = out.as_chunks_mut::<PAGE_SIZE>();
+        assert!(rest.is_empty(), "whole pages");
+        let (block, at) = self.find(first)?;
+        if at + pages.len() > index_range(block.pages) {
+            return Err(no_such_page(block.first + block.pages));
+        }
+        let mut n = 0;
+        let waiting = self.is_waiting();
+        while n < pages.len() {
+            // As in `read_pages`: what has not come is waited for.
+            let unknown = if waiting {
+                0
+            } else {
+                block.unknown_run(at + n, pages.len() - n)
+            };
+            if unknown == 0 {
+                block.read_mapped(at + n, &mut pages[n]);
+                n += 1;
+            } else {
+                block.read_file(at + n, pages[n..n + unknown].as_flattened_mut())?;
+                (n..n + unknown)
+                    .filter(|n| !is_zero(&pages[*n]))
+                    .for_each(|n| block.touch(at + n));
+                n += unknown;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where pages in a row lie in this process, if they are all there.
+    pub(crate) fn addresses(&self, pages: &Range<u64>) -> Result<Range<usize>, Error> {
+        let (block, at) = self.find(Pfn(pages.start))?;
+        let count = pages.end - pages.start;
+        if at as u64 + count > block.pages.0 {
+            return Err(no_such_page(block.first + block.pages));
+        }
+        let start = block.addresses().start + at * PAGE_SIZE;
+        Ok(start..start + index(count) * PAGE_SIZE)
+    }
+
+    /// The page that lies at an address of this process, if one does.
+    pub(crate) fn page_at(&self, address: usize) -> Option<Pfn> {
+        self.blocks.iter().find_map(|block| {
+            let addresses = block.addresses();
+            let offset = addresses.contains(&address).then(|| address - addresses.start)?;
+            Some(block.first + PageCount((offset / PAGE_SIZE) as u64))
+        })
+    }
+
     /// Copy one page out.
     pub(crate) fn read_page(&self, page: Pfn, out: &mut PageBytes) -> Result<(), Error> {
         let (block, index) = self.find(page)?;
@@ -268,7 +343,7 @@ impl Memory {
     }
 
     /// Whether there are pages that have not come.
-    fn is_waiting(&self) -> bool {
+    pub(crate) fn is_waiting(&self) -> bool {
         self.awaited
             .get()
             .is_some_and(|missing| missing.left() > PageCount::ZERO)
@@ -345,7 +420,57 @@ impl Memory {
             .iter()
             .find(|block| page >= block.first && page.0 - block.first.0 < block.pages.0)
             .map(|block| (block, index(page.0 - block.first.0)))
-            .ok_or_else(|| Error::Incompatible(format!("page {page}: this guest has no such page")))
+            .ok_or_else(|| no_such_page(page))
+    }
+}
+
+fn no_such_page(page: Pfn) -> Error {
+    Error::Incompatible(format!("page {page}: this guest has no such page"))
+}
+
+impl fmt::Debug for BeforeDiscard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("BeforeDiscard")
+    }
+}
+
+/// Memory of this process alone, for other things than guests: zeros, of large pages where there are some.
+#[derive(Debug)]
+pub(crate) struct Anonymous(Mapping);
+
+impl Anonymous {
+    pub(crate) fn new(bytes: usize) -> Result<Self, Error> {
+        Mapping::new(bytes, None, Backing::default()).map(Self)
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: the mapping is that long and readable for as long as `self` lives, its bytes are initialised (the kernel
+        // clears them), and nobody writes to them but by `bytes_mut` and `touch`, which need `self` exclusively.
+        unsafe { std::slice::from_raw_parts(self.0.address.as_ptr(), self.0.bytes) }
+    }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and writable; `self` is borrowed exclusively, so there is no other reference.
+        unsafe { std::slice::from_raw_parts_mut(self.0.address.as_ptr(), self.0.bytes) }
+    }
+
+    /// Where it lies.
+    pub(crate) fn addresses(&self) -> Range<usize> {
+        let start = self.0.address.as_ptr() as usize;
+        start..start + self.0.bytes
+    }
+
+    /// Have it of ordinary pages, before it is touched.
+    pub(crate) fn without_large_pages(&mut self) {
+        // SAFETY: advice about a mapping we own, which changes no content.
+        unsafe { libc::madvise(self.0.address.as_ptr().cast(), self.0.bytes, libc::MADV_NOHUGEPAGE) };
+    }
+
+    /// Write to a page, whatever the compiler thinks of it.
+    pub(crate) fn touch(&mut self, page: usize) {
+        let byte = std::ptr::from_mut(&mut self.bytes_mut()[page * PAGE_SIZE]);
+        // SAFETY: a byte of ours, borrowed exclusively.
+        unsafe { byte.write_volatile(2) };
     }
 }
 
@@ -522,6 +647,14 @@ impl Block {
             .enumerate()
             .take_while(|(n, (page, expected))| page.0 == *expected && !self.is_touched(index + n))
             .count()
+    }
+
+    /// How many of `pages` pages from `index` on are not known to be backed: see [`Block::untouched_run`].
+    fn unknown_run(&self, index: usize, pages: usize) -> usize {
+        if self.file.is_none() {
+            return 0;
+        }
+        (index..index + pages).take_while(|n| !self.is_touched(*n)).count()
     }
 
     /// Where page `index` begins.

@@ -21,7 +21,7 @@ use crate::dirty::ring::DirtyRing;
 use crate::error::Error;
 use crate::limits;
 use crate::memory::Memory;
-use crate::uffd::Uffd;
+use crate::uffd::{PROTECTED, PROTECTED_OF_SHARED, Uffd};
 
 const DEV_KVM: &str = "/dev/kvm";
 
@@ -88,9 +88,6 @@ pub enum Userfaultfd {
         write_protect_shared: bool,
     },
 }
-
-const UFFD_FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
-const UFFD_FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 
 /// Open `/dev/kvm`, or say what the operator can do about it.
 pub(crate) fn open_kvm() -> Result<Kvm, Error> {
@@ -190,8 +187,8 @@ fn tiny(sharing: Sharing) -> Shape {
 fn try_userfaultfd() -> Userfaultfd {
     match Uffd::features_offered(false) {
         Ok(features) => Userfaultfd::Full {
-            write_protect: features & UFFD_FEATURE_PAGEFAULT_FLAG_WP != 0,
-            write_protect_shared: features & UFFD_FEATURE_WP_HUGETLBFS_SHMEM != 0,
+            write_protect: features & PROTECTED != 0,
+            write_protect_shared: features & PROTECTED_OF_SHARED != 0,
         },
         Err(error) if Uffd::features_offered(true).is_err() => Userfaultfd::No(error.to_string()),
         Err(_) => Userfaultfd::UserModeOnly,

@@ -1,7 +1,7 @@
 //! Page faults of guest memory, handled by this process: userfaultfd(2).
 //!
-//! The kernel stops whoever touches a page that is *missing*, vCPUs and its own copies into and out of guest memory
-//! (`preadv`, `recvmsg`) included, and tells of it here. Whoever handles the fault must not touch such a page itself: it
+//! The kernel stops whoever touches a page that is *missing*, or writes to one that is *protected*, vCPUs and its own
+//! copies into and out of guest memory (`preadv`, `recvmsg`) included, and tells of it here. Whoever handles the fault must not touch such a page itself: it
 //! would wait for itself.
 //!
 //! A descriptor that sees the kernel's own accesses takes a privilege (`CAP_SYS_PTRACE`, the `vm.unprivileged_userfaultfd`
@@ -28,6 +28,13 @@ pub(crate) struct Waiting {
 
 /// Pages of a memfd may be missing (Linux 4.11).
 pub(crate) const MISSING_OF_SHARED: u64 = 1 << 5;
+
+/// Pages of anonymous memory may be protected (Linux 5.7).
+pub(crate) const PROTECTED: u64 = 1 << 0;
+/// Pages of a memfd may be, also while they are holes (Linux 5.19).
+pub(crate) const PROTECTED_OF_SHARED: u64 = 1 << 12;
+/// Pages of anonymous memory may be while they are holes (Linux 6.4).
+pub(crate) const PROTECTED_HOLES: u64 = 1 << 13;
 
 /// A descriptor. Everything it watched is let go of when it is closed, and whoever waited goes on.
 #[derive(Debug)]
@@ -64,6 +71,33 @@ impl Uffd {
         // SAFETY: UFFDIO_REGISTER reads and writes one `uffdio_register`. It changes how faults of the range are handled, and
         // no content: guest memory is only ever accessed by copies that may wait as long as any page fault.
         done(unsafe { ioctl_with_mut_ref(&self.file, UFFDIO_REGISTER(), &mut register) })
+    }
+
+    /// Watch for writes to protected pages at these addresses, none of which is protected yet.
+    pub(crate) fn watch_writes(&self, addresses: Range<usize>) -> io::Result<()> {
+        let mut register = UffdioRegister {
+            range: addresses.into(),
+            mode: UFFDIO_REGISTER_MODE_WP,
+            ioctls: 0,
+        };
+        // SAFETY: as for `watch_missing`.
+        done(unsafe { ioctl_with_mut_ref(&self.file, UFFDIO_REGISTER(), &mut register) })
+    }
+
+    /// Protect the pages at these addresses from being written, or no longer: then whoever waits to write goes on.
+    pub(crate) fn protect(&self, addresses: Range<usize>, yes: bool) -> io::Result<()> {
+        let protect = UffdioWriteprotect {
+            range: addresses.into(),
+            mode: if yes { UFFDIO_WRITEPROTECT_MODE_WP } else { 0 },
+        };
+        loop {
+            // SAFETY: UFFDIO_WRITEPROTECT reads one `uffdio_writeprotect`. It changes who may write at once, and no content.
+            match done(unsafe { ioctl_with_ref(&self.file, UFFDIO_WRITEPROTECT(), &protect) }) {
+                // Somebody maps or unmaps memory at this moment.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) => {}
+                other => return other,
+            }
+        }
     }
 
     /// Watch these addresses no longer; whoever waits there goes on.
@@ -185,6 +219,8 @@ const UFFD_API: u64 = 0xaa;
 const UFFD_USER_MODE_ONLY: libc::c_int = 1;
 const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
 const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
+const UFFDIO_REGISTER_MODE_WP: u64 = 2;
+const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1;
 
 #[repr(C)]
 struct UffdioApi {
@@ -225,6 +261,12 @@ struct UffdioCopy {
 }
 
 #[repr(C)]
+struct UffdioWriteprotect {
+    range: UffdioRange,
+    mode: u64,
+}
+
+#[repr(C)]
 struct UffdioZeropage {
     range: UffdioRange,
     mode: u64,
@@ -237,3 +279,4 @@ ioctl_iowr_nr!(UFFDIO_REGISTER, 0xaa, 0x00, UffdioRegister);
 ioctl_ior_nr!(UFFDIO_UNREGISTER, 0xaa, 0x01, UffdioRange);
 ioctl_iowr_nr!(UFFDIO_COPY, 0xaa, 0x03, UffdioCopy);
 ioctl_iowr_nr!(UFFDIO_ZEROPAGE, 0xaa, 0x04, UffdioZeropage);
+ioctl_iowr_nr!(UFFDIO_WRITEPROTECT, 0xaa, 0x06, UffdioWriteprotect);

@@ -105,6 +105,16 @@ impl Page {
                 self.line("umbra_vcpu_emulated_total", &labels, count);
             }
         }
+        self.head("umbra_captures_total", "counter");
+        let captures = &counters.captures;
+        for (by, count) in [
+            ("copy", captures.copy),
+            ("parallel-copy", captures.parallel_copy),
+            ("protect", captures.protect),
+        ] {
+            self.line("umbra_captures_total", &format!("by=\"{by}\""), count);
+        }
+        self.one("umbra_capture_faults_total", "counter", captures.faults);
         self.of_vcpus("umbra_vcpu_written_pages_total", "counter", counters, |vcpu| {
             vcpu.written_pages
         });

@@ -17,8 +17,8 @@ use super::client::{Client, EventStream};
 use super::openapi;
 use super::server::Server;
 use super::types::{
-    Accepted, Counters, Event, GuestState, Job, JobKind, JobState, ProtectRequest, Role, SnapshotKind, Status,
-    VcpuCounters,
+    Accepted, Captures, Counters, Event, GuestState, Job, JobKind, JobState, ProtectRequest, Role, SnapshotKind,
+    Status, VcpuCounters,
 };
 use crate::events::Events;
 use crate::exit::{Code, Failure};
@@ -254,6 +254,10 @@ impl crate::vm::Panel for Buttons {
             vcpus: vec![vcpu],
             balloon_bytes: Some(4096),
             dirty_log: None,
+            captures: Captures {
+                protect: 2,
+                ..Captures::default()
+            },
         }
     }
 }
@@ -577,7 +581,8 @@ async fn the_buttons_of_a_guest_are_pressed_and_what_comes_of_it_is_told() {
     let metrics = String::from_utf8(metrics.to_vec()).unwrap();
     assert!(
         metrics.contains("umbra_vcpu_written_pages_total{vcpu=\"0\"} 9000\n")
-            && !metrics.contains("umbra_vcpu_written_pages_per_second"),
+            && !metrics.contains("umbra_vcpu_written_pages_per_second")
+            && metrics.contains("umbra_captures_total{by=\"protect\"} 2\n"),
         "{metrics}"
     );
     assert!(

@@ -614,6 +614,21 @@ pub(crate) struct Counters {
     pub(crate) balloon_bytes: Option<u64>,
     /// How its writes are recorded.
     pub(crate) dirty_log: Option<DirtyLogChoice>,
+    /// How the pages of its cuts were kept while it ran on.
+    pub(crate) captures: Captures,
+}
+
+/// How many cuts' pages were kept by which means, each time by the one predicted to cost the guest least.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Captures {
+    /// Copied inside the pause.
+    pub(crate) copy: u64,
+    /// The same, by several threads.
+    pub(crate) parallel_copy: u64,
+    /// Write-protected, and copied while the guest ran.
+    pub(crate) protect: u64,
+    /// Writes of the guest that had to wait for such a copy.
+    pub(crate) faults: u64,
 }
 
 /// How a guest's writes are recorded on this host.

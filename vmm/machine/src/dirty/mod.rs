@@ -205,6 +205,11 @@ impl Tracker {
         self.log.by_vcpu()
     }
 
+    /// How many pages a second were written lately, by whomever.
+    pub(crate) fn pages_per_second(&self) -> u64 {
+        self.state().pace.per_second()
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
