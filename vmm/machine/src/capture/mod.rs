@@ -6,7 +6,7 @@
 //! | [`ParallelCopy`](CaptureBy::ParallelCopy) | the same, by several threads | nothing |
 //! | [`Protect`](CaptureBy::Protect) | each run of pages is write-protected | pages are copied while the guest runs; a write to one that is not copied yet waits for its copy |
 //!
-//! Which costs the guest least is [predicted](predict) from what each step costs on this host, measured once per process
+//! Which costs the guest least is [predicted](mod@predict) from what each step costs on this host, measured once per process
 //! when a guest is first followed, and from what is to be captured.
 //!
 //! What a capture takes is one copy of the pages captured, at most the guest's memory once more, until it is dropped;
