@@ -34,6 +34,15 @@ pub enum Event {
         /// The pause if the guest were stopped now.
         predicted: Duration,
     },
+    /// The pause will not come within the limit at the link's present rate. Said once for each attempt.
+    WillNotConverge {
+        /// Pages that are left however long one waits.
+        floor: PageCount,
+        /// The pause with so many left.
+        predicted: Duration,
+        /// The whole of it, in words for an operator.
+        text: String,
+    },
     /// The guest is to be stopped, with this much left to send.
     StopDecided {
         /// What is left to send.

@@ -156,6 +156,9 @@ pub struct Heat {
     warmed: PageSet,
     /// When counting began; `None` until the first harvest.
     began: Option<Now>,
+    latest: Now,
+    /// Between two harvests, on average.
+    every: Duration,
     swept: Pfn,
     swept_at: Now,
 }
@@ -176,6 +179,8 @@ impl Heat {
             pages: vec![PageHeat::default(); index(Pfn(pages.0))],
             warmed: PageSet::new(pages),
             began: None,
+            latest: Now::ZERO,
+            every: Duration::ZERO,
             swept: Pfn(0),
             swept_at: Now::ZERO,
         }
@@ -186,8 +191,21 @@ impl Heat {
         if self.began.is_none() {
             self.began = Some(now);
             self.swept_at = now;
+        } else {
+            let newest = now.since(self.latest);
+            self.every = if self.every.is_zero() {
+                newest
+            } else {
+                self.every * 15 / 16 + newest / 16
+            };
         }
+        self.latest = now;
         self.sweep(now);
+    }
+
+    /// The time between two harvests, on average: a page written twice in between was seen written once.
+    pub const fn every(&self) -> Duration {
+        self.every
     }
 
     /// The harvest found this page written.

@@ -20,8 +20,9 @@ use std::collections::BTreeMap;
 
 use umbra_units::{BatchId, Now, PageCount, PageId, PageSet, Pfn, SpaceId};
 
+use crate::convergence::Rates;
 use crate::guest::{Harvest, Space};
-use crate::heat::Heat;
+use crate::heat::{Class, ClassCounts, Heat, Rate};
 use crate::order::{Hold, Line, Order};
 
 /// What the next copy of a page may be encoded against.
@@ -242,14 +243,43 @@ impl Ledger {
 
     /// Owed pages that `hold` keeps back.
     pub fn deferred(&self, now: Now, hold: Option<Hold>) -> PageCount {
-        let Some(hold) = hold.filter(|hold| self.owed() <= hold.most) else {
+        let Some(from) = self.held_from(hold) else {
             return PageCount::ZERO;
         };
-        let held = |ledger: &SpaceLedger| {
-            let owed = ledger.owed.owed().iter();
-            owed.filter(|pfn| ledger.heat.rate(now, *pfn) >= hold.from).count() as u64
-        };
+        let held = |ledger: &SpaceLedger| ledger.deferred(now, from).count() as u64;
         PageCount(self.spaces.values().map(held).sum())
+    }
+
+    /// From which rate on pages are held back now.
+    fn held_from(&self, hold: Option<Hold>) -> Option<Rate> {
+        hold.filter(|hold| self.owed() <= hold.most).map(|hold| hold.from)
+    }
+
+    /// How many pages are of which class. Looks at every page written lately.
+    pub fn classes(&self, now: Now, hold: Option<Hold>) -> ClassCounts {
+        let from = self.held_from(hold);
+        let mut classes = ClassCounts::default();
+        for ledger in self.spaces.values() {
+            let mut of = ClassCounts::default();
+            for pfn in ledger.heat.warmed() {
+                of.count(ledger.class(now, from, pfn));
+            }
+            let [free, cold] = [ledger.free.count().0, ledger.present.count().0 - of.total()];
+            of.0[Class::Free as usize] += free;
+            of.0[Class::Cold as usize] += cold - free;
+            classes.add(&of);
+        }
+        classes
+    }
+
+    /// How the guest's writes are spread over its pages. Looks at every page written lately.
+    pub fn rates(&self, now: Now) -> Rates {
+        let mut rates = Rates::new();
+        for SpaceLedger { heat, .. } in self.spaces.values() {
+            heat.warmed()
+                .for_each(|pfn| rates.count(heat.steady_rate(now, pfn), heat.every()));
+        }
+        rates
     }
 
     /// The write heat of a space.
@@ -307,6 +337,23 @@ impl SpaceLedger {
             dirty.iter().for_each(|pfn| self.heat.written(now, pfn));
         }
         dirty.iter().for_each(|pfn| self.owed.owe(now, pfn, &self.heat));
+    }
+
+    /// Owed pages written at least so often.
+    fn deferred(&self, now: Now, from: Rate) -> impl Iterator<Item = Pfn> {
+        let owed = self.owed.owed().iter();
+        owed.filter(move |pfn| self.heat.rate(now, *pfn) >= from)
+    }
+
+    fn class(&self, now: Now, held_from: Option<Rate>, pfn: Pfn) -> Class {
+        let rate = self.heat.rate(now, pfn);
+        if held_from.is_some_and(|from| rate >= from) && self.owed.owed().contains(pfn) {
+            Class::Deferred
+        } else if self.free.contains(pfn) {
+            Class::Free
+        } else {
+            Class::of(rate)
+        }
     }
 
     fn take(&mut self, pfn: Pfn, batch: BatchId) -> Base {
@@ -475,7 +522,7 @@ mod tests {
         }
         ledger.owe(now, &writes(4, &[1]));
         let hold = Some(Hold {
-            from: crate::heat::Rate(2.0),
+            from: Rate(2.0),
             most: PageCount(2),
         });
         let (_, taken) = ledger.take(now, PageCount(4), hold);
@@ -511,7 +558,7 @@ mod tests {
                     }
                     1 => {
                         let hold = rng.chance(0.5).then(|| Hold {
-                            from: crate::heat::Rate(1.0),
+                            from: Rate(1.0),
                             most: PageCount(rng.below(pages)),
                         });
                         let (batch, taken) = ledger.take(now, PageCount(1 + rng.below(4)), hold);

@@ -15,6 +15,7 @@
 //! | [`choose`] | how is a batch compressed, if at all? |
 //! | [`digest`] | are two memories equal? |
 //! | [`source`], [`shadow`] | the two state machines |
+//! | [`convergence`], [`pace`] | will the debt ever be small enough, and how often is it looked at? |
 //! | [`predict`], [`report`] | how long will the pause be, and where did it go? |
 //! | [`wire`] | what do the two say to each other? |
 //! | [`snapshot`] | what is a guest kept in files? |
@@ -27,6 +28,7 @@
 mod audit;
 pub mod batch;
 pub mod choose;
+pub mod convergence;
 pub mod digest;
 pub mod error;
 pub mod event;
@@ -35,6 +37,7 @@ pub mod heat;
 pub mod ledger;
 pub mod limits;
 pub mod order;
+pub mod pace;
 pub mod pack;
 pub mod page;
 pub mod phase;

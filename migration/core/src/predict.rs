@@ -29,7 +29,7 @@ pub struct LinkFacts {
 }
 
 /// Predicts the pause from this session's own measurements.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct PausePredictor {
     link: LinkFacts,
     fixed: Duration,
@@ -69,6 +69,39 @@ impl PausePredictor {
     pub fn measured(&mut self, parts: &PauseBreakdown, state: Bytes) {
         self.fixed = parts.stop + parts.harvest + parts.save + parts.verify + parts.restore;
         self.state = state;
+    }
+
+    /// Pages the link carries in a second, as they are encoded now; zero over a link that moves nothing.
+    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+    pub fn capacity(&self) -> f64 {
+        self.link.rate.0 as f64 / self.bytes_per_page.max(1.0)
+    }
+
+    /// What it would predict, had the link this rate.
+    #[must_use]
+    pub fn at_rate(&self, rate: Bandwidth) -> Self {
+        let link = LinkFacts { rate, ..self.link };
+        Self { link, ..self.clone() }
+    }
+
+    /// The largest debt with which the pause would be at most this; none if there is not even time for the rest.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "an estimate, rounded down"
+    )]
+    pub fn pages_within(&self, pause: Duration) -> PageCount {
+        let empty = self.pause(PageCount::ZERO);
+        let Some(left) = pause.checked_sub(empty) else {
+            return PageCount::ZERO;
+        };
+        let per_page = PER_PAGE.as_secs_f64() + 1.0 / self.capacity();
+        PageCount((left.as_secs_f64() / per_page) as u64)
+    }
+
+    /// The link's round trip.
+    pub const fn rtt(&self) -> Duration {
+        self.link.rtt
     }
 
     /// The pause if the guest were stopped with this debt; [`Duration::MAX`] over a link that moves nothing.
@@ -119,5 +152,24 @@ mod tests {
             predictor.pause(PageCount(100)) < Duration::from_millis(50),
             "deltas shorten it"
         );
+    }
+
+    #[test]
+    fn as_many_pages_fit_a_pause_as_make_it() {
+        let mut predictor = PausePredictor::new();
+        assert_eq!(
+            predictor.pages_within(Duration::from_secs(9)),
+            PageCount::ZERO,
+            "no link"
+        );
+        predictor.link(LinkFacts {
+            rate: Bandwidth(4096 * 10_000),
+            rtt: Duration::from_millis(2),
+        });
+        let most = Duration::from_millis(50);
+        let fits = predictor.pages_within(most);
+        assert!(fits > PageCount(100) && predictor.pause(fits) <= most);
+        assert!(predictor.pause(fits + PageCount(2)) > most);
+        assert_eq!(predictor.pages_within(Duration::from_millis(1)), PageCount::ZERO);
     }
 }

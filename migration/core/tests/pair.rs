@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use umbra_core::batch::Batch;
 use umbra_core::error::Fault;
+use umbra_core::event::Event;
 use umbra_core::guest::{Guest, GuestError, Harvest, PageBytes, PageReader, Space, StateRecord};
+use umbra_core::heat::Class;
 use umbra_core::phase::{ShadowPhase, SourcePhase};
 use umbra_core::predict::LinkFacts;
 use umbra_core::report::SwitchoverReport;
@@ -189,6 +191,8 @@ struct Pair {
     source_end: Option<source::Outcome>,
     shadow_end: Option<shadow::Outcome>,
     shipped: u64,
+    /// The source's.
+    events: Vec<Event>,
 }
 
 impl Pair {
@@ -197,12 +201,21 @@ impl Pair {
     }
 
     fn with(pages: u64, config: ShadowConfig) -> Self {
+        // Nothing waits for the end, so that each test sees what it wrote travel.
+        let source = SourceConfig {
+            pause_promise: Duration::ZERO,
+            ..SourceConfig::default()
+        };
+        Self::between(pages, source, config)
+    }
+
+    fn between(pages: u64, source: SourceConfig, config: ShadowConfig) -> Self {
         let (here, there) = (Toy::new(pages), Toy::new(pages));
         here.resume().unwrap();
         here.inner.lock().unwrap().number = 42;
         let spaces = here.spaces();
         let ids = (GuestId([1; 16]), SessionId([2; 16]), Term(1));
-        let mut source = Source::new(SourceConfig::default(), ids.0, ids.1, ids.2, here.describe(), &spaces);
+        let mut source = Source::new(source, ids.0, ids.1, ids.2, here.describe(), &spaces);
         source.handle_link(LinkFacts {
             rate: Bandwidth::mbit(1_000),
             rtt: Duration::from_millis(1),
@@ -223,6 +236,7 @@ impl Pair {
             source_end: None,
             shadow_end: None,
             shipped: 0,
+            events: Vec::new(),
         }
     }
 
@@ -260,7 +274,7 @@ impl Pair {
                 source::Output::Send(message) if (self.lose)(&message) => {}
                 source::Output::Send(message) => self.to_shadow.push_back(message.encode()),
                 source::Output::Do(step) => self.source_step(step),
-                source::Output::Event(_) => {}
+                source::Output::Event(event) => self.events.push(event),
                 source::Output::End(outcome) => self.source_end = Some(outcome),
             }
         }
@@ -427,6 +441,68 @@ fn zeros_and_unchanged_pages_never_travel_and_small_changes_travel_small() {
         (2, 9, 2),
         "nine are as the first; the second copy is kept, the third and fourth are deltas to it"
     );
+}
+
+#[test]
+fn what_is_written_over_and_over_waits_for_the_end_and_is_not_forgotten() {
+    let mut pair = Pair::between(1_000, SourceConfig::default(), ShadowConfig::default());
+    (0..1_000).for_each(|page| pair.here.write(page, 1));
+    pair.run_for(Duration::from_secs(1));
+    for n in 0..100_u8 {
+        pair.here.write(3, n);
+        pair.here.write(u64::from(n) + 100, 7);
+        pair.run_for(Duration::from_millis(20));
+    }
+    let status = pair.source.status();
+    assert_eq!((status.deferred, status.debt), (PageCount(1), PageCount(1)));
+    assert_eq!(status.classes.of(Class::Deferred), 1);
+    assert!(pair.shipped < 1_000 + 100 + 10, "the hot page did not travel each time");
+
+    switchover(&mut pair, SwitchoverOptions::default());
+    assert_eq!(pair.here.memory(), pair.there.memory());
+    assert!(pair.there.runs());
+}
+
+#[test]
+fn a_page_that_cools_waits_no_longer() {
+    let mut pair = Pair::between(1_000, SourceConfig::default(), ShadowConfig::default());
+    for n in 0..100_u8 {
+        pair.here.write(3, n);
+        pair.run_for(Duration::from_millis(20));
+    }
+    assert_eq!(pair.source.status().deferred, PageCount(1));
+    pair.run_for(Duration::from_secs(15));
+    assert_eq!(pair.source.status().debt, PageCount::ZERO);
+    assert_eq!(pair.here.memory(), pair.there.memory());
+}
+
+#[test]
+fn that_a_switchover_will_not_converge_is_said_long_before_its_timeout() {
+    let mut pair = Pair::new(1_000);
+    pair.run_for(Duration::from_secs(1));
+    // A link that needs longer for the guest's registers than the pause may last.
+    pair.source.handle_link(LinkFacts {
+        rate: Bandwidth(10_000),
+        rtt: Duration::from_millis(1),
+    });
+    let options = SwitchoverOptions {
+        downtime_limit: Duration::from_millis(50),
+        timeout: Duration::from_secs(60),
+        ..SwitchoverOptions::default()
+    };
+    pair.source.switchover(pair.now, options).unwrap();
+    let mut stamp = 0_u8;
+    for n in 0..150 {
+        stamp = stamp.wrapping_add(1);
+        (0..50).for_each(|page| pair.here.write((n * 50 + page) % 900, stamp));
+        pair.run_for(Duration::from_millis(20));
+    }
+    let warned = pair.events.iter().filter(|event| matches!(event, Event::WillNotConverge { .. }));
+    assert_eq!(warned.count(), 1, "{:?}", pair.source.status());
+    let obstacle = pair.source.status().obstacle.unwrap();
+    assert!(obstacle.starts_with("will not converge: about "), "{obstacle}");
+    assert_eq!(pair.source.status().phase, SourcePhase::Following, "the limit is kept");
+    pair.source.cancel_switchover().unwrap();
 }
 
 #[test]

@@ -210,6 +210,8 @@ impl Conditions {
                 } else {
                     Order::ALL[pick(&mut ship, 5)]
                 },
+                harvest_least: [Duration::ZERO, Duration::from_millis(5)][pick(&mut ship, 2)],
+                pause_promise: [0, 20, 50, 2_000].map(Duration::from_millis)[pick(&mut ship, 4)],
             },
             shadow: ShadowConfig {
                 complete_at: Ratio::new(0.9 * node.unit()).expect("a share"),

@@ -21,6 +21,7 @@
 //! is therefore never settled by running twice; at worst the guest waits (DESIGN §3.1).
 
 mod encoder;
+mod stop;
 mod switchover;
 mod window;
 
@@ -33,11 +34,14 @@ pub use encoder::{CacheCounts, DEFAULT_CACHE, Encoded, Encoder};
 pub use switchover::{Attempt, SwitchoverOptions};
 
 use crate::batch::{Close, PageCounts};
+use crate::convergence::{Convergence, Outlook};
 use crate::error::{Fault, Refused};
 use crate::event::Event;
 use crate::guest::{Harvest, Space, StateRecord};
+use crate::heat::{ClassCounts, Rate};
 use crate::ledger::{Ledger, Owed};
-use crate::order::Order;
+use crate::order::{Hold, Order};
+use crate::pace::{Bounds, Pace};
 use crate::phase::SourcePhase;
 use crate::predict::{LinkFacts, PausePredictor};
 use crate::report::SwitchoverReport;
@@ -45,26 +49,42 @@ use crate::wire::{Hello, Message, VERSIONS};
 use switchover::{Due, Final, Switching};
 use window::Window;
 
+/// While following, a page waits that is written again within this while…
+const AGAIN: Duration = Duration::from_secs(1);
+/// …with this chance.
+const SURELY: f32 = 0.8;
+
+/// No more than one page in so many is left for the end: what waits is missing at the shadow, which wants to be nearly
+/// complete.
+const DEFERRED_MOST: u64 = 32;
+
 /// How a source behaves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SourceConfig {
     /// Between two harvests of a guest that writes. Shorter keeps the shadow closer and costs the guest more faults.
     pub harvest_every: Duration,
+    /// As close as harvests come while a large share of few pages is written ([`pace`](crate::pace)).
+    pub harvest_least: Duration,
     /// Between two harvests of a guest that has written nothing for a while.
     pub harvest_idle: Duration,
     /// Pages of one batch while seeding and following; at most [`limits::BATCH_PAGES`].
     pub batch_pages: PageCount,
     /// Which owed page ships next.
     pub order: Order,
+    /// While following, pages written over and over are left for the end, as long as a stop with all of them left would
+    /// keep to this pause. Zero leaves none. Only the coldest first leaves any.
+    pub pause_promise: Duration,
 }
 
 impl Default for SourceConfig {
     fn default() -> Self {
         Self {
             harvest_every: Duration::from_millis(20),
+            harvest_least: Duration::from_millis(5),
             harvest_idle: Duration::from_millis(100),
             batch_pages: PageCount(64),
             order: Order::default(),
+            pause_promise: Duration::from_millis(50),
         }
     }
 }
@@ -155,8 +175,18 @@ pub struct SourceStatus {
     pub seeded: Ratio,
     /// Pages whose newest content the shadow has not acknowledged.
     pub debt: PageCount,
+    /// Of those, pages that are left for the end: they would be written again before they are needed.
+    pub deferred: PageCount,
     /// Pages found written by the latest harvest.
     pub latest_harvest: PageCount,
+    /// Between two harvests now.
+    pub pace: Duration,
+    /// Which owed page ships next.
+    pub order: Order,
+    /// Pages of each class.
+    pub classes: ClassCounts,
+    /// What is to be expected of the debt.
+    pub outlook: Outlook,
     /// How pages travelled so far.
     pub counts: PageCounts,
     /// Bytes of batches so far.
@@ -165,6 +195,8 @@ pub struct SourceStatus {
     pub predicted_pause: Option<Duration>,
     /// Whether a switchover is under way.
     pub switching: bool,
+    /// Why it has not stopped the guest yet, if it has not.
+    pub obstacle: Option<String>,
     /// Everything that speaks against a switchover now.
     pub reasons: Vec<String>,
 }
@@ -185,9 +217,14 @@ pub struct Source {
     /// A harvest was asked for and not yet answered.
     harvesting: bool,
     next_harvest: Now,
+    /// When the latest harvest was asked for, and when it was answered.
+    asked_harvest: Now,
+    harvested: Now,
     latest_harvest: PageCount,
-    /// Harvests in a row that found nothing.
-    quiet: u32,
+    pace: Pace,
+    convergence: Convergence,
+    /// Everything owed is held back: as good as nothing, until the next harvest.
+    all_held: bool,
     link_up: bool,
     /// The shadow's latest reasons against a switchover; `None` until it has said anything.
     readiness: Option<Vec<String>>,
@@ -219,6 +256,12 @@ impl Source {
             spaces: spaces.to_vec(),
         };
         let ledger = Ledger::new(spaces, config.order);
+        let bounds = Bounds {
+            least: config.harvest_least,
+            most: config.harvest_every,
+            idle: config.harvest_idle,
+        };
+        let pace = Pace::new(bounds, ledger.present());
         Self {
             config,
             phase: SourcePhase::Joining,
@@ -231,8 +274,12 @@ impl Source {
             tracked: false,
             harvesting: false,
             next_harvest: Now::NEVER,
+            asked_harvest: Now::ZERO,
+            harvested: Now::ZERO,
             latest_harvest: PageCount::ZERO,
-            quiet: 0,
+            pace,
+            convergence: Convergence::new(spaces),
+            all_held: false,
             link_up: true,
             readiness: None,
             switching: None,
@@ -272,6 +319,8 @@ impl Source {
     /// Its account of itself.
     pub fn status(&self) -> SourceStatus {
         let debt = self.ledger.debt();
+        // As of the latest harvest: nothing that is told here was learned since.
+        let (now, hold) = (self.harvested, self.hold());
         let pause = self.predictor.pause(debt);
         SourceStatus {
             phase: self.phase,
@@ -280,11 +329,17 @@ impl Source {
             pages: self.ledger.present(),
             seeded: Ratio::of(self.ledger.seeded().0, self.ledger.present().0),
             debt,
+            deferred: self.ledger.deferred(now, hold),
             latest_harvest: self.latest_harvest,
+            pace: self.pace.now(),
+            order: self.config.order,
+            classes: self.ledger.classes(now, hold),
+            outlook: self.outlook(now, self.promise()),
             counts: self.counts,
             shipped: self.shipped,
             predicted_pause: (self.link_up && pause < Duration::MAX).then_some(pause),
             switching: self.switching.is_some(),
+            obstacle: self.obstacle().map(str::to_owned),
             reasons: self.reasons(),
         }
     }
@@ -308,7 +363,7 @@ impl Source {
     /// Time passed.
     pub fn handle_time(&mut self, now: Now) {
         if self.wants_harvests() && now >= self.next_harvest {
-            self.ask_harvest();
+            self.ask_harvest(now);
         }
         if now >= self.switchover_deadline() {
             self.switchover_overdue(now);
@@ -369,17 +424,13 @@ impl Source {
     pub fn handle_harvest(&mut self, now: Now, harvest: &Harvest) {
         self.harvesting = false;
         self.latest_harvest = harvest.count();
-        self.quiet = if self.latest_harvest == PageCount::ZERO {
-            self.quiet.saturating_add(1)
-        } else {
-            0
-        };
-        let pace = if self.quiet > 5 {
-            self.config.harvest_idle
-        } else {
-            self.config.harvest_every
-        };
-        self.next_harvest = now + pace;
+        let since = now.since(self.harvested);
+        let took = now.since(self.asked_harvest);
+        self.harvested = now;
+        self.pace.harvested(self.latest_harvest, since, took);
+        self.next_harvest = now + self.pace.now();
+        self.convergence.harvest(now, harvest);
+        self.all_held = false;
         self.ledger.owe(now, harvest);
         match self.phase {
             SourcePhase::Final => self.final_harvest(now),
@@ -448,7 +499,12 @@ impl Source {
         if !self.tracked || !room || self.ledger.owed() == PageCount::ZERO {
             return None;
         }
-        let (batch, pages) = self.ledger.take(now, self.config.batch_pages, None);
+        let hold = self.hold();
+        self.all_held = !self.ledger.is_ready(now, hold);
+        if self.all_held {
+            return None;
+        }
+        let (batch, pages) = self.ledger.take(now, self.config.batch_pages, hold);
         self.window.planned(batch, pages.len() as u64, Bytes::ZERO);
         Some(Plan {
             batch,
@@ -459,6 +515,39 @@ impl Source {
             close: None,
             attempt: None,
         })
+    }
+
+    /// Which owed pages wait, and how many may.
+    ///
+    /// While following: those that would be written again within [`AGAIN`], as many as fit the promised pause. While the
+    /// debt is being shrunk for a switchover only what would be written again before the stop anyway, which is soon:
+    /// there, a page that is shipped in time shortens the pause.
+    fn hold(&self) -> Option<Hold> {
+        if self.phase != SourcePhase::Following || self.config.order != Order::ColdFirst || !self.link_up {
+            return None;
+        }
+        let most = self.predictor.pages_within(self.promise());
+        let most = most.min(PageCount(self.ledger.present().0 / DEFERRED_MOST));
+        let within = if self.switching.is_some() {
+            // The next harvests are the earliest moment to stop.
+            (self.pace.now() + self.predictor.rtt()) * 2
+        } else {
+            AGAIN
+        };
+        let from = Rate::of_chance(SURELY, within);
+        (most > PageCount::ZERO).then_some(Hold { from, most })
+    }
+
+    /// What is to be expected of the debt, if the pause must keep to this limit.
+    fn outlook(&self, now: Now, limit: Duration) -> Outlook {
+        let rates = self.ledger.rates(now);
+        Outlook::of(
+            &self.convergence.curve(),
+            &rates,
+            &self.predictor,
+            self.config.order,
+            limit,
+        )
     }
 
     fn welcomed(&mut self, now: Now, version: u16, room: Bytes) {
@@ -472,7 +561,7 @@ impl Source {
         self.window.grant(room);
         self.outputs.push_back(Output::Do(Step::Track));
         self.next_harvest = now;
-        self.ask_harvest();
+        self.ask_harvest(now);
     }
 
     fn held(&mut self, now: Now, through: BatchId, room: Bytes) {
@@ -492,22 +581,23 @@ impl Source {
             self.make(SourcePhase::seeded).expect("Seeding leads to Following");
             self.consider_stop(now);
         }
-        self.next_round();
+        self.next_round(now);
     }
 
-    /// Whether the clock may ask for a harvest. While the debt is being shrunk for a switchover the rounds ask
-    /// themselves, each when the last has arrived: a harvest in between would look like a debt that does not shrink.
+    /// Whether the clock may ask for a harvest.
     fn wants_harvests(&self) -> bool {
         let follows = matches!(self.phase, SourcePhase::Seeding | SourcePhase::Following);
-        follows && !self.harvesting && (self.switching.is_none() || self.round_is_over())
+        follows && !self.harvesting && !self.awaits_round()
     }
 
+    /// Whether everything has arrived but what is held back.
     fn round_is_over(&self) -> bool {
-        self.ledger.batches_in_flight() <= 1 && self.ledger.owed() == PageCount::ZERO
+        self.ledger.batches_in_flight() <= 1 && (self.ledger.owed() == PageCount::ZERO || self.all_held)
     }
 
-    fn ask_harvest(&mut self) {
+    fn ask_harvest(&mut self, now: Now) {
         if !self.harvesting {
+            self.asked_harvest = now;
             self.harvesting = true;
             self.outputs.push_back(Output::Do(Step::Harvest));
         }

@@ -6,23 +6,24 @@ use std::time::Duration;
 
 use umbra_units::{BatchId, Bytes, Epoch, Now, PageCount, PageId, Term};
 
+use super::stop::{Descent, Verdict, View};
 use super::{Outcome, Output, Plan, Source, Step};
 use crate::batch::{Close, PageCounts};
+use crate::convergence::Outlook;
 use crate::digest::Digest;
 use crate::error::{Fault, Refused};
 use crate::event::Event;
 use crate::guest::StateRecord;
 use crate::limits;
+use crate::order::Order;
 use crate::phase::SourcePhase;
 use crate::report::{PauseBreakdown, SwitchoverReport};
 use crate::wire::{Message, PrepareTimes};
 
-/// A debt this small is not worth another round: it travels in less time than a harvest takes.
-const SETTLED: PageCount = PageCount(64);
-/// A round that does not shrink the debt below this share of the last one is the last.
-const WORTH_ANOTHER_ROUND: f64 = 0.8;
-/// However well it goes, stop now.
-const MOST_ROUNDS: u32 = 30;
+/// Share of the timeout after which the guest is stopped as soon as the limit allows, however small the debt might get.
+const PATIENCE: f64 = 0.5;
+/// A round is told of no sooner after the one before.
+const ROUND_AT_LEAST: Duration = Duration::from_millis(100);
 
 /// What a switchover must keep to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,8 +55,15 @@ pub(super) struct Switching {
     options: SwitchoverOptions,
     asked: Now,
     rounds: u32,
-    /// The debt at the start of the latest round.
-    latest: Option<PageCount>,
+    /// When the latest round was told of.
+    told: Option<Now>,
+    descent: Descent,
+    /// Whether harvests come while a round travels, so that nothing is shipped that was written again. Not in rounds,
+    /// where that is the point, and not once it no longer helps: then a round must come to its end, after which the
+    /// shadow is whole for a moment, however much the guest writes.
+    rushes: bool,
+    /// Whether it was said that the pause will not come within the limit.
+    warned: bool,
     /// The latest reason not to stop, for the day the timeout strikes.
     obstacle: String,
 }
@@ -219,15 +227,19 @@ impl Source {
         }
         self.outputs.push_back(Output::Event(Event::SwitchoverAsked));
         let obstacle = "nothing was harvested yet".to_owned();
+        let descent = Descent::new(now, options.timeout.mul_f64(PATIENCE));
         self.switching = Some(Switching {
             options,
             asked: now,
             rounds: 0,
-            latest: None,
+            told: None,
+            descent,
+            rushes: self.config.order != Order::Round,
+            warned: false,
             obstacle,
         });
         if self.phase == SourcePhase::Following {
-            self.ask_harvest();
+            self.ask_harvest(now);
         }
         Ok(())
     }
@@ -328,43 +340,100 @@ impl Source {
         }
     }
 
-    /// After a harvest while a switchover is wanted: stop now, or one more round?
+    /// After a harvest while a switchover is wanted: stop now, or go on shrinking the debt?
     pub(super) fn consider_stop(&mut self, now: Now) {
+        if self.switching.is_none() || self.phase != SourcePhase::Following || self.harvesting {
+            return;
+        }
         let reasons = self.reasons();
         let debt = self.ledger.debt();
         let predicted = self.predictor.pause(debt);
+        let over = self.round_is_over();
         let Some(switching) = &mut self.switching else { return };
-        if self.phase != SourcePhase::Following || self.harvesting {
-            return;
+        // Harvests come while a round travels, too. A debt that was shipped is a round; so is a while.
+        if over || switching.told.is_none_or(|told| now.since(told) >= ROUND_AT_LEAST) {
+            switching.told = Some(now);
+            switching.rounds += 1;
+            let round = switching.rounds;
+            self.outputs
+                .push_back(Output::Event(Event::Round { round, debt, predicted }));
         }
-        switching.rounds += 1;
-        let round = switching.rounds;
-        self.outputs
-            .push_back(Output::Event(Event::Round { round, debt, predicted }));
+        let limit = switching.options.downtime_limit;
+        let outlook = self.outlook(now, limit);
+        let mature = self.convergence.is_mature(now);
+        let between_harvests = self.convergence.curve().within(self.pace.now()).unwrap_or_default();
+        let Some(switching) = &mut self.switching else { return };
+        let view = View {
+            debt,
+            pause: predicted,
+            limit,
+            floor: outlook.floor.filter(|_| mature).map(|floor| (floor.pages, floor.pause)),
+            between_harvests,
+        };
+        let verdict = switching.descent.look(now, view);
+        switching.rushes = self.config.order != Order::Round && !switching.descent.has_stalled(now);
         if let Some(reason) = reasons.first() {
             switching.obstacle.clone_from(reason);
             return;
         }
-        #[expect(clippy::cast_precision_loss, reason = "a threshold")]
-        let shrinking = switching
-            .latest
-            .is_none_or(|latest| (debt.0 as f64) < latest.0 as f64 * WORTH_ANOTHER_ROUND);
-        switching.latest = Some(debt);
-        if predicted > switching.options.downtime_limit {
-            let (pause, limit) = (predicted.as_millis(), switching.options.downtime_limit.as_millis());
-            switching.obstacle =
-                format!("{debt} pages are left to send, a pause of {pause} ms where {limit} ms are allowed");
-            return;
-        }
-        if debt <= SETTLED || !shrinking || round >= MOST_ROUNDS {
-            self.stop(now, predicted, debt);
+        match verdict {
+            Verdict::Stop => self.stop(now, predicted, debt),
+            Verdict::Wait => {
+                switching.obstacle = format!("{debt} pages are left to send, and fewer with every round");
+            }
+            Verdict::TooLong => match outlook.warning(limit).filter(|_| mature) {
+                Some(text) => self.warn(&outlook, text),
+                None => {
+                    switching.obstacle = format!(
+                        "{debt} pages are left to send, a pause of {} ms where {} ms are allowed",
+                        predicted.as_millis(),
+                        limit.as_millis()
+                    );
+                }
+            },
         }
     }
 
+    /// The pause will not come within the limit: the operator is told while there is time to do something about it.
+    fn warn(&mut self, outlook: &Outlook, text: String) {
+        let Some(switching) = &mut self.switching else { return };
+        if let Some(floor) = outlook
+            .floor
+            .filter(|_| !std::mem::replace(&mut switching.warned, true))
+        {
+            self.outputs.push_back(Output::Event(Event::WillNotConverge {
+                floor: floor.pages,
+                predicted: floor.pause,
+                text: text.clone(),
+            }));
+        }
+        switching.obstacle = text;
+    }
+
+    /// Whether harvests wait until the round has arrived.
+    pub(super) fn awaits_round(&self) -> bool {
+        self.switching.as_ref().is_some_and(|switching| !switching.rushes) && !self.round_is_over()
+    }
+
+    /// Why the switchover under way has not stopped the guest yet.
+    pub(super) fn obstacle(&self) -> Option<&str> {
+        let switching = self.switching.as_ref().filter(|_| self.closing.is_none())?;
+        Some(&switching.obstacle)
+    }
+
+    /// The pause that has to be kept: that of the switchover under way, or what deferred pages must fit.
+    pub(super) fn promise(&self) -> Duration {
+        let wanted = self
+            .switching
+            .as_ref()
+            .map(|switching| switching.options.downtime_limit);
+        wanted.unwrap_or(self.config.pause_promise)
+    }
+
     /// After an acknowledgement while a switchover is wanted: harvest again as soon as the last round has arrived.
-    pub(super) fn next_round(&mut self) {
+    pub(super) fn next_round(&mut self, now: Now) {
         if self.switching.is_some() && self.phase == SourcePhase::Following && self.round_is_over() {
-            self.ask_harvest();
+            self.ask_harvest(now);
         }
     }
 
