@@ -454,7 +454,8 @@ fn what_is_written_over_and_over_waits_for_the_end_and_is_not_forgotten() {
         pair.run_for(Duration::from_millis(20));
     }
     let status = pair.source.status();
-    assert_eq!((status.deferred, status.debt), (PageCount(1), PageCount(1)));
+    assert_eq!(status.deferred, PageCount(1));
+    assert!(status.debt >= status.deferred, "what waits is debt");
     assert_eq!(status.classes.of(Class::Deferred), 1);
     assert!(pair.shipped < 1_000 + 100 + 10, "the hot page did not travel each time");
 
@@ -497,7 +498,10 @@ fn that_a_switchover_will_not_converge_is_said_long_before_its_timeout() {
         (0..50).for_each(|page| pair.here.write((n * 50 + page) % 900, stamp));
         pair.run_for(Duration::from_millis(20));
     }
-    let warned = pair.events.iter().filter(|event| matches!(event, Event::WillNotConverge { .. }));
+    let warned = pair
+        .events
+        .iter()
+        .filter(|event| matches!(event, Event::WillNotConverge { .. }));
     assert_eq!(warned.count(), 1, "{:?}", pair.source.status());
     let obstacle = pair.source.status().obstacle.unwrap();
     assert!(obstacle.starts_with("will not converge: about "), "{obstacle}");

@@ -188,6 +188,10 @@ fn of_core(event: &CoreEvent) -> (&'static str, Value) {
             "round",
             json!({ "round": round, "debt": debt.0, "predicted_ms": predicted_ms(*predicted) }),
         ),
+        CoreEvent::WillNotConverge { floor, predicted, text } => (
+            "will-not-converge",
+            json!({ "floor": floor.0, "predicted_ms": predicted_ms(*predicted), "text": text }),
+        ),
         CoreEvent::StopDecided { debt, predicted } => (
             "stop-decided",
             json!({ "debt": debt.0, "predicted_ms": predicted_ms(*predicted) }),

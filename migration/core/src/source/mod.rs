@@ -67,7 +67,8 @@ pub struct SourceConfig {
     pub harvest_least: Duration,
     /// Between two harvests of a guest that has written nothing for a while.
     pub harvest_idle: Duration,
-    /// Pages of one batch while seeding and following; at most [`limits::BATCH_PAGES`].
+    /// Pages of one batch while seeding and following; at most
+    /// [`limits::BATCH_PAGES`](crate::limits::BATCH_PAGES).
     pub batch_pages: PageCount,
     /// Which owed page ships next.
     pub order: Order,
@@ -587,12 +588,14 @@ impl Source {
     /// Whether the clock may ask for a harvest.
     fn wants_harvests(&self) -> bool {
         let follows = matches!(self.phase, SourcePhase::Seeding | SourcePhase::Following);
-        follows && !self.harvesting && !self.awaits_round()
+        follows && !self.harvesting && (!self.holds_still() || self.round_is_over())
     }
 
-    /// Whether everything has arrived but what is held back.
+    /// Whether everything has arrived but what is held back. Whoever rushes does not wait for the last batch; whoever
+    /// does not wants to hear what the shadow says to it.
     fn round_is_over(&self) -> bool {
-        self.ledger.batches_in_flight() <= 1 && (self.ledger.owed() == PageCount::ZERO || self.all_held)
+        let left = usize::from(!self.holds_still());
+        self.ledger.batches_in_flight() <= left && (self.ledger.owed() == PageCount::ZERO || self.all_held)
     }
 
     fn ask_harvest(&mut self, now: Now) {

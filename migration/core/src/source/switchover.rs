@@ -410,9 +410,9 @@ impl Source {
         switching.obstacle = text;
     }
 
-    /// Whether harvests wait until the round has arrived.
-    pub(super) fn awaits_round(&self) -> bool {
-        self.switching.as_ref().is_some_and(|switching| !switching.rushes) && !self.round_is_over()
+    /// Whether a switchover is under way that takes one round after the other.
+    pub(super) fn holds_still(&self) -> bool {
+        self.switching.as_ref().is_some_and(|switching| !switching.rushes)
     }
 
     /// Why the switchover under way has not stopped the guest yet.
