@@ -21,7 +21,7 @@
 
 use std::time::Duration;
 
-use umbra_units::{Now, PageCount, PageSet, Pfn};
+use umbra_units::{Now, PageCount, PageSet, Pfn, SpaceId};
 
 /// Half-life of the quick counter.
 pub const QUICK: Duration = Duration::from_millis(500);
@@ -146,6 +146,37 @@ impl ClassCounts {
     pub fn total(&self) -> u64 {
         self.0.iter().sum()
     }
+}
+
+/// The heat of all of a guest's memory, by regions.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct HeatMap {
+    /// Every space.
+    pub spaces: Vec<SpaceHeat>,
+}
+
+/// The heat of one space.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SpaceHeat {
+    /// Which.
+    pub space: SpaceId,
+    /// One past its highest page, holes included.
+    pub pages: PageCount,
+    /// How many pages make a region: a power of two.
+    pub region: PageCount,
+    /// All of its regions, lowest first; the last may be shorter.
+    pub regions: Vec<Region>,
+}
+
+/// Neighbouring pages.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Region {
+    /// Pages of each class. Pages that do not exist are of none.
+    pub classes: ClassCounts,
+    /// How often any of them is written, in writes per second.
+    pub rate: Rate,
+    /// How often the hottest of them is.
+    pub hottest: Rate,
 }
 
 /// The write heat of one space.

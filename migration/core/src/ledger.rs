@@ -22,7 +22,8 @@ use umbra_units::{BatchId, Now, PageCount, PageId, PageSet, Pfn, SpaceId};
 
 use crate::convergence::Rates;
 use crate::guest::{Harvest, Space};
-use crate::heat::{Class, ClassCounts, Heat, Rate};
+use crate::heat::{Class, ClassCounts, Heat, HeatMap, Rate, Region, SpaceHeat};
+use crate::limits;
 use crate::order::{Hold, Line, Order};
 
 /// What the next copy of a page may be encoded against.
@@ -272,6 +273,23 @@ impl Ledger {
         classes
     }
 
+    /// The heat of every space, in at most so many regions all together ([`HEAT_REGIONS`](crate::limits::HEAT_REGIONS) if
+    /// that is less). Looks at every page.
+    pub fn heat_map(&self, now: Now, hold: Option<Hold>, regions: usize) -> HeatMap {
+        let regions = regions.clamp(1, limits::HEAT_REGIONS) as u64;
+        let all: u64 = self.spaces.values().map(|ledger| ledger.present.capacity().0).sum();
+        // Every space may have one that is shorter than the others.
+        let most = regions.saturating_sub(self.spaces.len() as u64).max(1);
+        let region = PageCount(all.div_ceil(most).max(1).next_power_of_two());
+        let from = self.held_from(hold);
+        let spaces = self.spaces.iter();
+        HeatMap {
+            spaces: spaces
+                .map(|(id, ledger)| ledger.heat_map(*id, now, from, region))
+                .collect(),
+        }
+    }
+
     /// How the guest's writes are spread over its pages. Looks at every page written lately.
     pub fn rates(&self, now: Now) -> Rates {
         let mut rates = Rates::new();
@@ -343,6 +361,26 @@ impl SpaceLedger {
     fn deferred(&self, now: Now, from: Rate) -> impl Iterator<Item = Pfn> {
         let owed = self.owed.owed().iter();
         owed.filter(move |pfn| self.heat.rate(now, *pfn) >= from)
+    }
+
+    fn heat_map(&self, space: SpaceId, now: Now, held_from: Option<Rate>, region: PageCount) -> SpaceHeat {
+        let pages = self.present.capacity();
+        let mut regions = vec![Region::default(); index(Pfn(pages.0.div_ceil(region.0)))];
+        for pfn in self.present.iter() {
+            let rate = self.heat.rate(now, pfn);
+            let region = &mut regions[index(Pfn(pfn.0 / region.0))];
+            region.classes.count(self.class(now, held_from, pfn));
+            region.rate.0 += rate.0;
+            if rate > region.hottest {
+                region.hottest = rate;
+            }
+        }
+        SpaceHeat {
+            space,
+            pages,
+            region,
+            regions,
+        }
     }
 
     fn class(&self, now: Now, held_from: Option<Rate>, pfn: Pfn) -> Class {
@@ -507,6 +545,44 @@ mod tests {
             ledger.owe(Now::ZERO, &writes(4, &[1, 2]));
             let (_, taken) = ledger.take(Now::ZERO, PageCount(99), None);
             assert!(taken.is_sorted_by(|a, b| a.page < b.page), "{order}: {taken:?}");
+        }
+    }
+
+    #[test]
+    fn a_heat_map_has_every_page_once_and_shows_where_it_is_hot() {
+        let mut ledger = Ledger::new(
+            &[Space {
+                id: SpaceId::RAM,
+                pages: PageCount(1_000),
+                present: vec![(Pfn(0), PageCount(600)), (Pfn(700), PageCount(300))],
+            }],
+            Order::default(),
+        );
+        let free = Harvest {
+            dirty: vec![(SpaceId::RAM, {
+                let mut set = PageSet::new(PageCount(1_000));
+                (0..100).for_each(|pfn| {
+                    set.insert(Pfn(pfn));
+                });
+                set
+            })],
+        };
+        ledger.untouched(&free);
+        let mut now = Now::ZERO;
+        for _ in 0..50 {
+            now = now + std::time::Duration::from_millis(20);
+            ledger.owe(now, &writes(1_000, &[300, 301]));
+        }
+        for most in [1, 2, 10, 64, usize::MAX] {
+            let map = ledger.heat_map(now, None, most);
+            let space = &map.spaces[0];
+            assert!(space.regions.len() <= most && space.region.0.is_power_of_two());
+            let mut all = ClassCounts::default();
+            space.regions.iter().for_each(|region| all.add(&region.classes));
+            assert_eq!(all, ledger.classes(now, None));
+            assert_eq!((all.total(), all.of(Class::Free), all.of(Class::Hot)), (900, 100, 2));
+            let hot = space.regions.iter().position(|region| region.hottest > Class::HOT);
+            assert_eq!(hot.map(|at| at as u64), Some(300 / space.region.0));
         }
     }
 

@@ -56,3 +56,6 @@ pub const SNAPSHOT_CHAIN: usize = 256;
 
 /// Longest name of a guest, and of a folder, that a manifest may hold.
 pub const SNAPSHOT_NAME_BYTES: usize = 255;
+
+/// Most regions of a heat map: a picture of 256 by 256.
+pub const HEAT_REGIONS: usize = 65_536;

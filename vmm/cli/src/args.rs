@@ -79,6 +79,8 @@ pub(crate) enum Command {
     Resize(ResizeArgs),
     /// Print what the guest's vCPUs have done, as JSON
     Counters(TargetArgs),
+    /// Show which memory the guest writes how often, while a shadow follows it
+    Heat(HeatArgs),
     /// End the guest and its process
     Stop(TargetArgs),
     /// Follow what happens, one JSON object per line
@@ -400,8 +402,9 @@ pub(crate) struct ProtectArgs {
     /// Show this identity instead of the process's own
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: Option<PathBuf>,
-    /// How to follow: memory for deltas, compression of batches, the time between two harvests, threads and processor
-    /// share for encoding
+    /// How to follow: memory for deltas, compression of batches, the longest time between two harvests of a guest that
+    /// writes, threads and processor share for encoding, which page ships next, and the pause that a stop with all hot
+    /// pages still to go must keep to (off: none wait)
     #[arg(long, value_name = Follow::SYNTAX, value_parser = Follow::parse)]
     pub(crate) follow: Option<Follow>,
     /// Return only when the shadow has everything and is ready for a switchover
@@ -453,6 +456,22 @@ pub(crate) struct StatusArgs {
     /// Again and again, until the process ends or Ctrl-C
     #[arg(long)]
     pub(crate) watch: bool,
+}
+
+/// `umbra heat`.
+#[derive(Debug, Args)]
+pub(crate) struct HeatArgs {
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+    /// Write a picture as well, one point for each region of memory
+    #[arg(long, value_name = "FILE")]
+    pub(crate) png: Option<PathBuf>,
+    /// Regions in a row: 8 to 512
+    #[arg(long, value_name = "REGIONS", default_value_t = 64, value_parser = clap::value_parser!(u16).range(8..=512))]
+    pub(crate) width: u16,
+    /// Print what the API answers
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// `umbra resize`.
@@ -733,6 +752,49 @@ pub(crate) struct Follow {
     pub(crate) harvest: Option<Duration>,
     pub(crate) encode_threads: Option<u8>,
     pub(crate) encode_cpu_percent: Option<u32>,
+    pub(crate) order: Option<Order>,
+    pub(crate) pause_promise: Option<Duration>,
+}
+
+/// Which page ships next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Order {
+    /// The one least likely to be written again. The default.
+    ColdFirst,
+    /// In rounds over memory: what is written during a round is left to the next.
+    Round,
+    /// In rounds, without pages that were written again before their turn.
+    SkipRedirtied,
+    /// The one that has waited longest.
+    Oldest,
+    /// The one most likely to be written again.
+    HotFirst,
+}
+
+impl From<Order> for umbra_core::order::Order {
+    fn from(order: Order) -> Self {
+        match order {
+            Order::ColdFirst => Self::ColdFirst,
+            Order::Round => Self::Round,
+            Order::SkipRedirtied => Self::SkipRedirtied,
+            Order::Oldest => Self::Oldest,
+            Order::HotFirst => Self::HotFirst,
+        }
+    }
+}
+
+impl From<umbra_core::order::Order> for Order {
+    fn from(order: umbra_core::order::Order) -> Self {
+        use umbra_core::order::Order as Core;
+        match order {
+            Core::ColdFirst => Self::ColdFirst,
+            Core::Round => Self::Round,
+            Core::SkipRedirtied => Self::SkipRedirtied,
+            Core::Oldest => Self::Oldest,
+            Core::HotFirst => Self::HotFirst,
+        }
+    }
 }
 
 /// When batches are compressed, and how: `auto`, `off`, `lz4` (also called `on`), `zstd` or `zstd:LEVEL`.
@@ -756,7 +818,10 @@ impl From<Compression> for String {
 
 impl Follow {
     const SYNTAX: &'static str = "[cache=SIZE][,compression=auto|off|lz4|zstd[:LEVEL]][,harvest=TIME][,encode-threads=N]\
-                                  [,encode-cpu=PERCENT]";
+                                  [,encode-cpu=PERCENT][,order=cold-first|round|skip-redirtied|oldest|hot-first]\
+                                  [,pause-promise=TIME|off]";
+    /// More than anybody would call a short pause.
+    const PROMISE_MOST: Duration = Duration::from_secs(60);
     /// A shorter time between harvests costs the guest more than it gives the shadow; a longer one is no following.
     const HARVEST: core::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(10);
     /// Beyond this nothing is gained: the cache holds a copy of what the shadow has.
@@ -765,7 +830,15 @@ impl Follow {
     fn parse(text: &str) -> Result<Self, BadValue> {
         let fields = Fields::of(
             text,
-            &["cache", "compression", "harvest", "encode-threads", "encode-cpu"],
+            &[
+                "cache",
+                "compression",
+                "harvest",
+                "encode-threads",
+                "encode-cpu",
+                "order",
+                "pause-promise",
+            ],
         )?;
         let compression = |key, text: &str| {
             let expected = "auto, off, lz4, zstd, or zstd:LEVEL with a level from -7 to 19 other than 0";
@@ -789,12 +862,27 @@ impl Follow {
             span if Self::HARVEST.contains(&span) => Ok(span),
             _ => Err(BadValue::new(key, "1ms to 10s", text)),
         };
+        let order = |key, text: &str| {
+            let order = text.parse::<umbra_core::order::Order>();
+            order
+                .map(Order::from)
+                .map_err(|_| BadValue::new(key, "cold-first, round, skip-redirtied, oldest or hot-first", text))
+        };
+        let promise = |key, text: &str| match text {
+            "off" => Ok(Duration::ZERO),
+            _ => match units::span(key, text)? {
+                span if span <= Self::PROMISE_MOST => Ok(span),
+                _ => Err(BadValue::new(key, "off, or at most 60s", text)),
+            },
+        };
         Ok(Self {
             cache: fields.read("cache", cache)?,
             compression: fields.read("compression", compression)?,
             harvest: fields.read("harvest", harvest)?,
             encode_threads: fields.read("encode-threads", threads)?,
             encode_cpu_percent: fields.read("encode-cpu", cpu)?,
+            order: fields.read("order", order)?,
+            pause_promise: fields.read("pause-promise", promise)?,
         })
     }
 }
@@ -953,7 +1041,8 @@ mod tests {
                 "protect --api-socket s --peer p --to quic:127.0.0.1:7 --follow harvest=1us",
                 "error: invalid value 'harvest=1us' for '--follow \
                  <[cache=SIZE][,compression=auto|off|lz4|zstd[:LEVEL]][,harvest=TIME]\
-                 [,encode-threads=N][,encode-cpu=PERCENT]>': harvest: expected 1ms to 10s, got '1us'",
+                 [,encode-threads=N][,encode-cpu=PERCENT][,order=cold-first|round|skip-redirtied|oldest|hot-first]\
+                 [,pause-promise=TIME|off]>': harvest: expected 1ms to 10s, got '1us'",
             ),
         ] {
             assert_eq!(error(&format!("umbra {line}")), expected);
@@ -984,9 +1073,34 @@ mod tests {
     }
 
     #[test]
+    fn an_order_is_known_by_its_name_alone() {
+        let line = "umbra protect --api-socket s --peer p --to quic:127.0.0.1:7 --follow";
+        for (name, order) in [("cold-first", Order::ColdFirst), ("round", Order::Round)] {
+            let Ok(Command::Protect(protect)) = parse(&format!("{line} order={name}")) else {
+                panic!("not understood")
+            };
+            assert_eq!(protect.follow.unwrap().order, Some(order));
+        }
+        for (follow, wrong) in [
+            (
+                "order=hottest",
+                "order: expected cold-first, round, skip-redirtied, oldest or hot-first, got 'hottest'",
+            ),
+            (
+                "pause-promise=2m",
+                "pause-promise: expected off, or at most 60s, got '2m'",
+            ),
+        ] {
+            let error = parse(&format!("{line} {follow}")).unwrap_err().to_string();
+            assert!(error.contains(wrong), "{error}");
+        }
+    }
+
+    #[test]
     fn paths_and_listening_addresses_repeat() {
         let line = "umbra protect --api-socket s --to quic:192.0.2.1:7 --to quic:192.0.2.2:7,local=192.0.2.9 --peer p \
-                    --follow 128M,compression=off,harvest=50ms,encode-threads=2,encode-cpu=150";
+                    --follow 128M,compression=off,harvest=50ms,encode-threads=2,encode-cpu=150,order=oldest,\
+                    pause-promise=off";
         let Ok(Command::Protect(protect)) = parse(line) else {
             panic!("not understood")
         };
@@ -997,6 +1111,8 @@ mod tests {
             harvest: Some(Duration::from_millis(50)),
             encode_threads: Some(2),
             encode_cpu_percent: Some(150),
+            order: Some(Order::Oldest),
+            pause_promise: Some(Duration::ZERO),
         };
         assert_eq!(protect.follow, Some(follow));
         let Ok(Command::Shadow(shadow)) =

@@ -120,6 +120,8 @@ pub(crate) fn protect(args: &ProtectArgs) -> Result<Code, Failure> {
         harvest_ms: follow.harvest.map(ms),
         encode_threads: follow.encode_threads,
         encode_cpu_percent: follow.encode_cpu_percent,
+        order: follow.order,
+        pause_promise_ms: follow.pause_promise.map(ms),
     };
     let client = Client::new(&args.target.api_socket);
     process::small_runtime()?.block_on(async {
@@ -315,6 +317,10 @@ impl Watching {
                     number("debt"),
                     predicted()
                 ));
+            }
+            "will-not-converge" => {
+                let text = event.properties.get("text").and_then(Value::as_str);
+                say::line(text.unwrap_or_default());
             }
             "stop-decided" if !self.quiet => {
                 say::line(format!("stopping with {} pages to go, {}", number("debt"), predicted()));

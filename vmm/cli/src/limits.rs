@@ -11,6 +11,12 @@ pub(crate) const REQUEST_BYTES: usize = 64 << 10;
 /// Largest file of options: a thousand devices with room to spare.
 pub(crate) const CONFIG_BYTES: u64 = 256 << 10;
 
+/// Most regions of a heat map that may be asked for: 2.5 MiB of answer.
+pub(crate) const HEAT_REGIONS: usize = 16_384;
+
+/// Regions of a heat map when nobody says how many.
+pub(crate) const HEAT_REGIONS_USUAL: u32 = 1_024;
+
 /// Largest answer a client reads. A status with 64 paths is 30 KiB.
 pub(crate) const ANSWER_BYTES: usize = 4 << 20;
 

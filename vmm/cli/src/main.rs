@@ -37,6 +37,7 @@ mod devices;
 mod doctor;
 mod events;
 mod exit;
+mod heat;
 mod identity;
 mod limits;
 mod logging;
@@ -106,6 +107,7 @@ fn dispatch(command: &Command) -> Result<Code, Failure> {
         Command::Reboot(args) => control::simple(args, "reboot"),
         Command::Resize(args) => control::resize(args),
         Command::Counters(args) => control::counters(args),
+        Command::Heat(args) => heat::run(args),
         Command::Stop(args) => control::simple(args, "stop"),
         Command::Events(args) => control::events(args),
         Command::Identity(command) => identity::identity(command),

@@ -8,6 +8,7 @@ use crate::api::types::{
     EncodeStatus, GuestState, JobKind, JobState, PathStatus, Role, SnapshotKind, SnapshotReport, Status,
     SwitchoverReport,
 };
+use crate::heat;
 use crate::units::percent;
 
 /// A status in a few lines, the most important first.
@@ -41,6 +42,11 @@ pub(crate) fn text(status: &Status) -> String {
             "behind by",
             &format!("{}, {harvest} written at the last look", pages(debt)),
         );
+    }
+    if let Some(outlook) = &status.outlook {
+        for (name, text) in heat::outlook(outlook) {
+            row(&mut out, name, &text);
+        }
     }
     if let Some(shipped) = status.shipped_bytes {
         row(&mut out, "shipped", &Bytes(shipped).to_string());
@@ -313,7 +319,9 @@ pub(crate) mod tests {
             pages: Some(65_536),
             seeded: Some(1.0),
             debt: Some(512),
+            deferred: Some(12),
             latest_harvest: Some(400),
+            outlook: None,
             predicted_pause_ms: Some(12.3),
             shipped_bytes: Some(10 << 20),
             counts: Some(PageCounts {

@@ -7,6 +7,7 @@ use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use umbra_core::error::Fault;
 use umbra_core::event::Event;
 use umbra_core::guest::{Guest, Harvest, StateRecord};
+use umbra_core::heat::HeatMap;
 use umbra_core::phase::SourcePhase;
 use umbra_core::predict::LinkFacts;
 use umbra_core::report::SwitchoverReport;
@@ -83,6 +84,7 @@ pub struct Protection {
 #[derive(Debug)]
 enum Command {
     Status(oneshot::Sender<ProtectionStatus>),
+    Heat(usize, oneshot::Sender<HeatMap>),
     Switchover(
         SwitchoverOptions,
         oneshot::Sender<Result<SwitchoverReport, SwitchoverError>>,
@@ -125,6 +127,11 @@ impl Protection {
     /// Where everything stands.
     pub async fn status(&self) -> Result<ProtectionStatus, CommandError> {
         self.ask(Command::Status).await
+    }
+
+    /// How hot the guest's memory is, in at most so many regions.
+    pub async fn heat_map(&self, regions: usize) -> Result<HeatMap, CommandError> {
+        self.ask(|answer| Command::Heat(regions, answer)).await
     }
 
     /// Move the guest to its shadow. Returns when it runs there, or with the reason why it does not.
@@ -369,6 +376,7 @@ impl SourceTask {
         // A caller that went away does not want the answer any more.
         match command {
             Command::Status(answer) => drop(answer.send(self.status().await)),
+            Command::Heat(regions, answer) => drop(answer.send(self.source.heat_map(regions))),
             Command::Switchover(options, answer) => match self.source.switchover(now, options) {
                 Ok(()) => self.mover = Some(answer),
                 Err(refused) => drop(answer.send(Err(SwitchoverError {

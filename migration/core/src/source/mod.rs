@@ -38,7 +38,7 @@ use crate::convergence::{Convergence, Outlook};
 use crate::error::{Fault, Refused};
 use crate::event::Event;
 use crate::guest::{Harvest, Space, StateRecord};
-use crate::heat::{ClassCounts, Rate};
+use crate::heat::{ClassCounts, HeatMap, Rate};
 use crate::ledger::{Ledger, Owed};
 use crate::order::{Hold, Order};
 use crate::pace::{Bounds, Pace};
@@ -343,6 +343,11 @@ impl Source {
             obstacle: self.obstacle().map(str::to_owned),
             reasons: self.reasons(),
         }
+    }
+
+    /// How hot the guest's memory is, in at most so many regions.
+    pub fn heat_map(&self, regions: usize) -> HeatMap {
+        self.ledger.heat_map(self.harvested, self.hold(), regions)
     }
 
     /// The next thing to do, if any.

@@ -2,7 +2,7 @@
 
 use core::fmt::{Display, Write};
 
-use crate::api::types::{Counters, GuestState, Role, Status, VcpuCounters};
+use crate::api::types::{Counters, GuestState, Outlook, Role, Status, VcpuCounters};
 
 /// The text of `GET /api/v1/metrics`.
 pub(crate) fn text(status: &Status, counters: &Counters) -> String {
@@ -24,6 +24,10 @@ pub(crate) fn text(status: &Status, counters: &Counters) -> String {
     page.some("umbra_seeded_ratio", "gauge", status.seeded);
     page.some("umbra_debt_pages", "gauge", status.debt);
     page.some("umbra_latest_harvest_pages", "gauge", status.latest_harvest);
+    page.some("umbra_deferred_pages", "gauge", status.deferred);
+    if let Some(outlook) = &status.outlook {
+        page.outlook(outlook);
+    }
     page.some(
         "umbra_predicted_pause_seconds",
         "gauge",
@@ -84,6 +88,30 @@ pub(crate) fn text(status: &Status, counters: &Counters) -> String {
 struct Page(String);
 
 impl Page {
+    fn outlook(&mut self, outlook: &Outlook) {
+        self.head("umbra_dirty_pages", "gauge");
+        for dirty in &outlook.dirty {
+            let within = format!("within_ms=\"{:.0}\"", dirty.span_ms);
+            self.line("umbra_dirty_pages", &within, dirty.pages);
+        }
+        self.one(
+            "umbra_link_pages_per_second",
+            "gauge",
+            outlook.link_pages_per_second.round(),
+        );
+        self.head("umbra_debt_floor_pages", "gauge");
+        for (order, floor) in [("round", outlook.floor_round), ("cold-first", outlook.floor_cold)] {
+            if let Some(floor) = floor {
+                self.line("umbra_debt_floor_pages", &format!("order=\"{order}\""), floor.pages);
+            }
+        }
+        self.some("umbra_converges", "gauge", outlook.converges.map(u8::from));
+        self.head("umbra_heat_pages", "gauge");
+        for (class, pages) in outlook.classes.named() {
+            self.line("umbra_heat_pages", &format!("class=\"{class}\""), pages);
+        }
+    }
+
     fn vcpus(&mut self, counters: &Counters) {
         if counters.vcpus.is_empty() {
             return;

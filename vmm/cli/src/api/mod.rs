@@ -8,6 +8,7 @@
 //! | `GET` | `/api/v1/events` | one [`types::Event`] per line, until the process ends |
 //! | `GET` | `/api/v1/metrics` | Prometheus text |
 //! | `GET` | `/api/v1/counters` | [`types::Counters`] |
+//! | `GET` | `/api/v1/heat` | [`types::Heat`] |
 //! | `PUT` | `/api/v1/resize` | [`types::ResizeRequest`]; 204 when the guest was asked |
 //! | `GET` | `/api/v1/openapi.json` | all of this, for programs; `docs/openapi.json` is the same |
 //! | `PUT` | `/api/v1/pause`, `resume`, `power-button`, `reboot`, `stop`, `unprotect`, `cancel` | 204 |

@@ -8,7 +8,8 @@ use std::task::{Context, Poll};
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{DefaultBodyLimit, FromRequest, Request, State};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{DefaultBodyLimit, FromRequest, Query, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
@@ -24,8 +25,8 @@ use utoipa_axum::routes;
 
 use crate::api::metrics;
 use crate::api::types::{
-    Accepted, Counters, ErrorAnswer, Event, Job, MigrateRequest, Ping, ProtectRequest, ResizeRequest, ResumeRequest,
-    SnapshotRequest, Status,
+    Accepted, Counters, ErrorAnswer, Event, Heat, HeatQuery, Job, MigrateRequest, Ping, ProtectRequest, ResizeRequest,
+    ResumeRequest, SnapshotRequest, Status,
 };
 use crate::events;
 use crate::limits;
@@ -91,6 +92,7 @@ fn api() -> OpenApiRouter<Arc<Vm>> {
         .routes(routes!(pause))
         .routes(routes!(resume))
         .routes(routes!(counters))
+        .routes(routes!(heat))
         .routes(routes!(resize))
         .routes(routes!(power_button))
         .routes(routes!(reboot))
@@ -182,6 +184,22 @@ async fn resume(State(vm): State<Arc<Vm>>, body: Wish<ResumeRequest>) -> Respons
 async fn counters(State(vm): State<Arc<Vm>>) -> Response {
     match vm.counters() {
         Ok(counters) => json(StatusCode::OK, &counters),
+        Err(denied) => deny(&denied),
+    }
+}
+
+/// Which of the guest's memory is written how often. Known while a shadow follows it.
+#[utoipa::path(get, path = "/heat", params(HeatQuery), responses(
+    (status = OK, body = Heat),
+    (status = BAD_REQUEST, description = "More regions than may be asked for", body = ErrorAnswer),
+    (status = CONFLICT, description = "No shadow follows the guest", body = ErrorAnswer),
+))]
+async fn heat(State(vm): State<Arc<Vm>>, query: Result<Query<HeatQuery>, QueryRejection>) -> Response {
+    let Ok(Query(query)) = query else {
+        return error(StatusCode::BAD_REQUEST, "regions: a number expected");
+    };
+    match vm.heat(query.regions).await {
+        Ok(heat) => json(StatusCode::OK, &heat),
         Err(denied) => deny(&denied),
     }
 }

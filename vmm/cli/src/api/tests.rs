@@ -450,6 +450,8 @@ async fn while_a_switchover_is_under_way_nobody_else_stops_or_starts_the_guest()
         harvest_ms: None,
         encode_threads: None,
         encode_cpu_percent: None,
+        order: None,
+        pause_promise_ms: None,
     };
     let refused = source.client.put("protect", &protect).await.unwrap_err();
     assert_eq!(refused.text, "a shadow is being kept already; `unprotect` ends that");

@@ -13,7 +13,7 @@ use umbra_core::report;
 use umbra_node::snapshot;
 use utoipa::ToSchema;
 
-pub(crate) use crate::args::{Compression, Verify};
+pub(crate) use crate::args::{Compression, Order, Verify};
 
 /// `GET /api/v1/ping`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -97,8 +97,12 @@ pub(crate) struct Status {
     pub(crate) seeded: Option<f64>,
     /// Pages whose newest content the shadow has not acknowledged. At a source only.
     pub(crate) debt: Option<u64>,
+    /// Of those, pages that wait for the end because they would be written again before they are needed. At a source only.
+    pub(crate) deferred: Option<u64>,
     /// Pages found written by the latest harvest. At a source only.
     pub(crate) latest_harvest: Option<u64>,
+    /// What is to be expected of the debt. At a source only.
+    pub(crate) outlook: Option<Outlook>,
     /// The pause if the guest were stopped now. At a source only.
     pub(crate) predicted_pause_ms: Option<f64>,
     /// Bytes of batches so far. At a source only.
@@ -163,6 +167,109 @@ impl From<umbra_node::EncodeStatus> for EncodeStatus {
             cache_evictions: cache.evictions,
         }
     }
+}
+
+/// Whether the debt will become small enough for a short pause, at the link's present rate.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Outlook {
+    /// Which page ships next.
+    pub(crate) order: Order,
+    /// Between two harvests now.
+    pub(crate) harvest_ms: f64,
+    /// Different pages written within a while, for each while that is counted over.
+    pub(crate) dirty: Vec<DirtyWithin>,
+    /// Pages the link carries in a second, as they are encoded now.
+    pub(crate) link_pages_per_second: f64,
+    /// Where the debt would end in rounds over memory.
+    pub(crate) floor_round: Option<DebtFloor>,
+    /// Where it would end with the coldest page first.
+    pub(crate) floor_cold: Option<DebtFloor>,
+    /// Where it will end in the order in use.
+    pub(crate) floor: Option<DebtFloor>,
+    /// Whether the pause there keeps to the limit of the switchover under way, or to the promised pause without one.
+    pub(crate) converges: Option<bool>,
+    /// The rate that the link would need for that, if it does not.
+    pub(crate) needs_mbit: Option<f64>,
+    /// Why the switchover under way has not stopped the guest yet.
+    pub(crate) obstacle: Option<String>,
+    /// The guest's pages by how often they are written.
+    pub(crate) classes: HeatClasses,
+}
+
+/// Different pages written within a while.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct DirtyWithin {
+    /// The while.
+    pub(crate) span_ms: f64,
+    /// Pages.
+    pub(crate) pages: u64,
+    /// The same as a rate.
+    pub(crate) pages_per_second: f64,
+}
+
+/// A debt that waiting does not shrink.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct DebtFloor {
+    /// Pages left.
+    pub(crate) pages: u64,
+    /// The pause with so many left; `null` without a link.
+    pub(crate) pause_ms: Option<f64>,
+}
+
+/// Pages by how often they are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+pub(crate) struct HeatClasses {
+    /// Never touched since the guest was built: they do not travel.
+    pub(crate) free: u64,
+    /// Zeros when they last travelled.
+    pub(crate) zero: u64,
+    /// Less than once in twenty seconds.
+    pub(crate) cold: u64,
+    /// Less than once in two seconds.
+    pub(crate) warm: u64,
+    /// More often.
+    pub(crate) hot: u64,
+    /// Hot, and waiting for the end.
+    pub(crate) deferred: u64,
+}
+
+/// `GET /api/v1/heat`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Heat {
+    /// Every space: memory is number 0.
+    pub(crate) spaces: Vec<SpaceHeat>,
+}
+
+/// The heat of one space.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct SpaceHeat {
+    /// Its number.
+    pub(crate) space: u16,
+    /// One past its highest page, holes included.
+    pub(crate) pages: u64,
+    /// How many pages make a region.
+    pub(crate) region_pages: u64,
+    /// All of its regions, lowest first; the last may be shorter.
+    pub(crate) regions: Vec<RegionHeat>,
+}
+
+/// The heat of neighbouring pages.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, ToSchema)]
+pub(crate) struct RegionHeat {
+    /// Its pages by class; those that do not exist are of none.
+    pub(crate) classes: HeatClasses,
+    /// How often any of them is written.
+    pub(crate) writes_per_second: f32,
+    /// How often the hottest of them is.
+    pub(crate) hottest_per_second: f32,
+}
+
+/// The query of `GET /api/v1/heat`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct HeatQuery {
+    /// How many regions at most: 1 to 16384, 1024 if not given.
+    pub(crate) regions: Option<u32>,
 }
 
 /// How pages travelled.
@@ -419,7 +526,7 @@ pub(crate) struct ProtectRequest {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub(crate) compression: Option<Compression>,
-    /// Between two harvests of a guest that writes.
+    /// Between two harvests of a guest that writes, at most.
     #[serde(default)]
     pub(crate) harvest_ms: Option<f64>,
     /// Threads that encode, 1 to 64; by default half of the host's cores, but at most 4.
@@ -428,6 +535,12 @@ pub(crate) struct ProtectRequest {
     /// Processor time that encoding may use while no switchover is under way, in percent of one core, 1 to 6400.
     #[serde(default)]
     pub(crate) encode_cpu_percent: Option<u32>,
+    /// Which page ships next.
+    #[serde(default)]
+    pub(crate) order: Option<Order>,
+    /// The pause that a stop with all hot pages still to go must keep to; 0 if none may wait.
+    #[serde(default)]
+    pub(crate) pause_promise_ms: Option<f64>,
 }
 
 /// `PUT /api/v1/migrate`. What is `null` or missing is as `umbra migrate --help` says.

@@ -326,6 +326,8 @@ impl Stage {
             harvest_ms: None,
             encode_threads: None,
             encode_cpu_percent: None,
+            order: None,
+            pause_promise_ms: None,
         };
         source.api.put("protect", &request).await?;
         self.note("its shadow is being filled, over three networks at once");

@@ -6,7 +6,7 @@ use umbra_paths::{LinkStats, PathState, Suspicion};
 use umbra_quic::{PathSpec, Stats};
 
 use super::{Here, Place, Session, Vm};
-use crate::api::types::{GuestState, Job, LinkStatus, PathStatus, Ping, Role, Status, ms};
+use crate::api::types::{GuestState, Job, LinkStatus, Outlook, PathStatus, Ping, Role, Status, ms};
 use crate::events::{shadow_word, word};
 
 impl Vm {
@@ -80,7 +80,9 @@ impl Vm {
             pages: None,
             seeded: None,
             debt: None,
+            deferred: None,
             latest_harvest: None,
+            outlook: None,
             predicted_pause_ms: None,
             shipped_bytes: None,
             counts: None,
@@ -150,7 +152,9 @@ impl Status {
         self.pages = Some(pages.0);
         self.seeded = Some(seeded.get());
         self.debt = Some(debt.0);
+        self.deferred = Some(source.deferred.0);
         self.latest_harvest = Some(latest_harvest.0);
+        self.outlook = Some(Outlook::of(source));
         self.predicted_pause_ms = source.predicted_pause.map(ms);
         self.shipped_bytes = Some(shipped.0);
         self.counts = Some((*counts).into());

@@ -44,8 +44,8 @@ use umbra_units::{Bytes, GuestId, SessionId, Term};
 
 use self::request::Wanted;
 use crate::api::types::{
-    Counters, Job, JobKind, JobState, MigrateRequest, ProtectRequest, ResizeRequest, SnapshotReport, SwitchoverReport,
-    ms,
+    Counters, Heat, Job, JobKind, JobState, MigrateRequest, ProtectRequest, ResizeRequest, SnapshotReport,
+    SwitchoverReport, ms,
 };
 use crate::events::{Events, Teller, word};
 use crate::exit::Failure;
@@ -531,6 +531,22 @@ impl Vm {
         let state = self.state();
         let here = state.here()?;
         Ok(here.resident.panel.counters())
+    }
+
+    /// Which of the guest's memory is written how often, while a shadow follows it.
+    pub(crate) async fn heat(&self, regions: Option<u32>) -> Result<Heat, Denied> {
+        let regions = usize::try_from(regions.unwrap_or(limits::HEAT_REGIONS_USUAL)).unwrap_or(usize::MAX);
+        if !(1..=limits::HEAT_REGIONS).contains(&regions) {
+            let text = format!("regions: expected 1 to {}, got {regions}", limits::HEAT_REGIONS);
+            return Err(Denied::Malformed(text));
+        }
+        let protection = {
+            let state = self.state();
+            let session = state.here()?.session.as_ref().map(|session| session.protection.clone());
+            session.ok_or_else(|| Denied::Refused("no shadow follows the guest, so nobody looks".to_owned()))?
+        };
+        let map = protection.heat_map(regions).await;
+        map.map(Heat::from).map_err(|error| Denied::Refused(error.to_string()))
     }
 
     fn panel(&self) -> Result<Arc<dyn Panel>, Denied> {

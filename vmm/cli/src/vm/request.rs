@@ -63,6 +63,14 @@ impl Wanted {
             }
             config.encode.cores = Some(f64::from(percent) / 100.0);
         }
+        if let Some(order) = request.order {
+            config.source.order = order.into();
+        }
+        if request.pause_promise_ms == Some(0.0) {
+            config.source.pause_promise = Duration::ZERO;
+        } else if let Some(promise) = span("pause_promise_ms", request.pause_promise_ms)? {
+            config.source.pause_promise = promise;
+        }
         Ok(Self {
             paths: request.to.iter().map(path).collect::<Result<_, _>>()?,
             peers,
