@@ -18,6 +18,7 @@
 //! | `carrier`, `courier`, `roads` | what joins the ends |
 //! | `oracle`, `tally` | the rules; how often what happened |
 //! | `world`, `trace` | time, acts, the two phases; one line per event |
+//! | [`dirt`], [`replay`] | what a guest wrote, recorded or made up; orders of shipping compared on it |
 //!
 //! A failing seed is a bug report: `cargo run -p umbra-sim --release -- --seed N` tells its story.
 //!
@@ -28,11 +29,13 @@
 mod carrier;
 mod conditions;
 mod courier;
+pub mod dirt;
 mod ends;
 mod guest;
 mod hand;
 mod oracle;
 mod program;
+pub mod replay;
 mod roads;
 mod tally;
 mod trace;

@@ -1,17 +1,27 @@
-//! `umbra-sim --seed N` tells one world's story; `umbra-sim --seeds A..B` lives through many and counts.
+//! `umbra-sim --seed N` tells one world's story; `umbra-sim --seeds A..B` lives through many and counts;
+//! `umbra-sim replay TRACE` ships a recorded guest's writes in one order or another.
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use umbra_core::order::Order;
+use umbra_sim::dirt::Trace;
+use umbra_sim::replay::{Plan, replay};
 use umbra_sim::{Guests, Lines, Report, Tally, run};
 
 const USAGE: &str = "usage: umbra-sim --seed N | --seeds A..B [--guests drawn|idle|busy]\n\
+    \x20      umbra-sim replay TRACE [--order ORDER|all] [--link PAGES_PER_S] [--budget PAGES] [--seconds N]\n\
     --seed N       print the conditions that N draws, then one line per event\n\
     --seeds A..B   live through the worlds A to B-1 and print what happened how often\n\
-    --guests KIND  make every guest idle, or every guest busy (default: as drawn)";
+    --guests KIND  make every guest idle, or every guest busy (default: as drawn)\n\
+    replay TRACE   a file that `umbra-bench record` wrote, or zipf:SKEW:LOAD (32768 pages, writing LOAD of the link)\n\
+    --order        cold-first, round, skip-redirtied, oldest, hot-first, or all of them (default)\n\
+    --link         what the link carries (default 6000)\n\
+    --budget       a debt small enough to stop at (default 300)\n\
+    --seconds      give up after so long (default 60)";
 
 /// What was asked for.
 #[derive(Debug, PartialEq, Eq)]
@@ -22,6 +32,15 @@ enum Asked {
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let Some((_, rest)) = arguments.split_first().filter(|(first, _)| *first == "replay") {
+        return match replays(rest) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(problem) => {
+                eprintln!("umbra-sim: {problem}\n{USAGE}");
+                ExitCode::from(2)
+            }
+        };
+    }
     match parse(&arguments) {
         Ok((Asked::One(seed), guests)) => one(seed, guests),
         Ok((Asked::Many(first, end), guests)) => many(first, end, guests),
@@ -62,6 +81,59 @@ fn parse(arguments: &[String]) -> Result<(Asked, Guests), String> {
         }
     }
     Ok((asked.ok_or("one of --seed and --seeds expected")?, guests))
+}
+
+/// `umbra-sim replay`.
+fn replays(arguments: &[String]) -> Result<(), String> {
+    let (source, options) = arguments.split_first().ok_or("replay: a trace expected")?;
+    let (mut orders, mut link, mut budget, mut seconds) = (Order::ALL.to_vec(), 6_000.0_f64, 300_u64, 60_u64);
+    for option in options.chunks(2) {
+        let [name, value] = option else {
+            return Err(format!("{}: a value expected", option.concat()));
+        };
+        let number = || value.parse().map_err(|_| format!("{name}: a number expected, got {value:?}"));
+        match name.as_str() {
+            "--order" if value == "all" => {}
+            "--order" => orders = vec![value.parse().map_err(|error| format!("--order: {error}, got {value:?}"))?],
+            "--link" => {
+                let rate = value.parse::<f64>().ok().filter(|rate| rate.is_finite() && *rate > 0.0);
+                link = rate.ok_or_else(|| format!("--link: pages a second expected, got {value:?}"))?;
+            }
+            "--budget" => budget = number()?,
+            "--seconds" => seconds = number()?,
+            _ => return Err(format!("{name}: no such option")),
+        }
+    }
+    let trace = read_trace(source, link)?;
+    println!(
+        "{} pages, {} harvests over {:.1} s; a link of {link:.0} pages/s",
+        trace.pages,
+        trace.harvests.len(),
+        trace.span().as_secs_f64()
+    );
+    for order in orders {
+        let plan = Plan {
+            order,
+            link,
+            budget,
+            cap: Duration::from_secs(seconds),
+        };
+        println!("{order:<15} {}", replay(&trace, plan));
+    }
+    Ok(())
+}
+
+fn read_trace(source: &str, link: f64) -> Result<Trace, String> {
+    let Some(zipf) = source.strip_prefix("zipf:") else {
+        let bytes = std::fs::read(source).map_err(|error| format!("{source}: {error}"))?;
+        return Trace::decode(&bytes).map_err(|error| format!("{source}: {error}"));
+    };
+    let bad = || format!("{source}: zipf:SKEW:LOAD expected, as zipf:1.0:0.8");
+    let (skew, load) = zipf.split_once(':').ok_or_else(bad)?;
+    let number = |text: &str| text.parse::<f64>().ok().filter(|number| (0.0..=10.0).contains(number));
+    let (skew, load) = (number(skew).ok_or_else(bad)?, number(load).ok_or_else(bad)?);
+    let (span, every) = (Duration::from_secs(20), Duration::from_millis(20));
+    Ok(Trace::zipf(32_768, skew, link * load, span, every, 1))
 }
 
 fn parse_range(range: &str) -> Option<(u64, u64)> {
