@@ -124,13 +124,17 @@ impl Trace {
         let shares: Vec<f64> = (1..=places.len())
             .map(|rank| f64::from(u32::try_from(rank).expect("a page")).powf(-skew))
             .collect();
-        let within = |total: f64, span: f64| -> f64 { shares.iter().map(|share| -(-total * share * span).exp_m1()).sum() };
+        let within =
+            |total: f64, span: f64| -> f64 { shares.iter().map(|share| -(-total * share * span).exp_m1()).sum() };
         let mut total = 1.0;
         while within(total, 1.0) < unique && total < 1e12 {
             total *= 1.01;
         }
         let seconds = every.as_secs_f64();
-        let chances: Vec<f64> = shares.iter().map(|share| -(-total * share * seconds).exp_m1()).collect();
+        let chances: Vec<f64> = shares
+            .iter()
+            .map(|share| -(-total * share * seconds).exp_m1())
+            .collect();
         let steps = span.as_micros() / every.as_micros().max(1);
         let harvests = (0..steps).map(|_| {
             let drawn = places.iter().zip(&chances).filter(|(_, chance)| rng.chance(**chance));

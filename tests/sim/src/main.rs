@@ -91,10 +91,20 @@ fn replays(arguments: &[String]) -> Result<(), String> {
         let [name, value] = option else {
             return Err(format!("{}: a value expected", option.concat()));
         };
-        let number = || value.parse().map_err(|_| format!("{name}: a number expected, got {value:?}"));
+        let number = || {
+            value
+                .parse()
+                .map_err(|_| format!("{name}: a number expected, got {value:?}"))
+        };
         match name.as_str() {
             "--order" if value == "all" => {}
-            "--order" => orders = vec![value.parse().map_err(|error| format!("--order: {error}, got {value:?}"))?],
+            "--order" => {
+                orders = vec![
+                    value
+                        .parse()
+                        .map_err(|error| format!("--order: {error}, got {value:?}"))?,
+                ]
+            }
             "--link" => {
                 let rate = value.parse::<f64>().ok().filter(|rate| rate.is_finite() && *rate > 0.0);
                 link = rate.ok_or_else(|| format!("--link: pages a second expected, got {value:?}"))?;

@@ -32,7 +32,10 @@ fn the_coldest_first_leaves_less_than_half_of_what_rounds_leave() {
     let [cold, round, skip, oldest] =
         [Order::ColdFirst, Order::Round, Order::SkipRedirtied, Order::Oldest].map(|order| run(&trace, order));
     assert!(cold.left <= 0.4 * round.left, "{cold}\n{round}");
-    assert!(cold.left < skip.left && cold.left < oldest.left, "{cold}\n{skip}\n{oldest}");
+    assert!(
+        cold.left < skip.left && cold.left < oldest.left,
+        "{cold}\n{skip}\n{oldest}"
+    );
     assert!(skip.left < round.left, "{skip}\n{round}");
 }
 
@@ -52,7 +55,10 @@ fn a_link_with_room_to_spare_carries_little_twice() {
         let trace = trace(skew, 0.3, 3);
         let [cold, round] = [Order::ColdFirst, Order::Round].map(|order| run(&trace, order));
         assert!(cold.stopped.is_some(), "{cold}");
-        assert!(cold.resend_factor <= 1.2 && cold.resend_factor < round.resend_factor, "{cold}\n{round}");
+        assert!(
+            cold.resend_factor <= 1.2 && cold.resend_factor < round.resend_factor,
+            "{cold}\n{round}"
+        );
     }
 }
 
@@ -68,6 +74,9 @@ fn an_idle_guest_is_copied_once_in_any_order() {
     let trace = Trace::zipf(4_096, 1.0, 0.0, Duration::from_secs(5), Duration::from_millis(20), 5);
     for order in Order::ALL {
         let outcome = run(&trace, order);
-        assert!(outcome.stopped.is_some() && outcome.resend_factor <= 1.01, "{order}: {outcome}");
+        assert!(
+            outcome.stopped.is_some() && outcome.resend_factor <= 1.01,
+            "{order}: {outcome}"
+        );
     }
 }
