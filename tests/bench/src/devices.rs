@@ -106,7 +106,7 @@ fn devices(disk: &Path) -> Devices {
 }
 
 /// Where the tests' kernel is.
-fn tiny_kernel() -> Result<PathBuf> {
+pub(crate) fn tiny_kernel() -> Result<PathBuf> {
     let args = World::new()?.host("here")?.run_args(&Guest::idle());
     let mut args = args.into_iter().skip_while(|arg| arg != "--kernel");
     args.nth(1).map(PathBuf::from).context("umbra run takes a kernel")

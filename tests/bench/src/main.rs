@@ -10,6 +10,7 @@
 //! | `peers` | QEMU, with the same guest |
 //! | `devices` | exits to devices, and saving and restoring them |
 //! | `figure` | a figure: samples, median, 99th percentile, aim |
+//! | `harvest` | recording writes, harvesting them, capturing pages |
 //! | `moves` | pauses and evacuation |
 //! | `seeding` | the first full copy |
 //! | `snapshots` | keeping a guest in a folder, and bringing it back |
@@ -19,6 +20,7 @@
 
 mod devices;
 mod figure;
+mod harvest;
 mod moves;
 mod peers;
 mod seeding;
@@ -93,6 +95,33 @@ const FAMILIES: &[Family] = &[
         ],
         measure: devices::state,
         samples: (50, 3),
+    },
+    Family {
+        names: &[
+            "harvest_cost_gib",
+            "harvest_cost_gib_ring",
+            "harvest_ring_vs_bitmap",
+            "first_write_bitmap",
+            "first_write_ring",
+        ],
+        measure: harvest::logs,
+        samples: (20, 2),
+    },
+    Family {
+        names: &[
+            "capture_1k_copy",
+            "capture_1k_parallel",
+            "capture_1k_protect",
+            "capture_1k",
+            "capture_20k_copy",
+            "capture_20k_parallel",
+            "capture_20k_protect",
+            "capture_20k",
+            "capture_20k_4g",
+            "capture_20k_size_ratio",
+        ],
+        measure: harvest::captures,
+        samples: (20, 2),
     },
     Family {
         names: &["net_vs_qemu", "net_latency", "net_latency_qemu"],

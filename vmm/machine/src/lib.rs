@@ -97,7 +97,7 @@ pub use config::{Backing, DirtyLog, HugePages, MachineConfig, OnReset, RingEntri
 pub use counters::{Counters, VcpuCounters};
 pub use cpu::Template;
 pub use dirty::VcpuWrites;
-pub use dirty::choose::DirtyLogReport;
+pub use dirty::choose::{DirtyLogCosts, DirtyLogReport, dirty_log_costs};
 pub use error::Error;
 pub use fate::ExitReason;
 pub use machine::{Machine, MachineBuilder, Sinks};

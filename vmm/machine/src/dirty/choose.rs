@@ -74,12 +74,12 @@ pub(crate) fn log(
 
 /// How many entries of a ring, if it is to be the ring; and why.
 fn choose(vm: &VmFd, memory: PageCount) -> (Option<u32>, String) {
-    static MEASURED: OnceLock<Result<(Costs, Costs), String>> = OnceLock::new();
+    static MEASURED: OnceLock<Result<(DirtyLogCosts, DirtyLogCosts), String>> = OnceLock::new();
     let Some(most) = DirtyRing::most_entries(vm) else {
         return (None, "this kernel has no dirty ring".to_owned());
     };
     let entries = RingEntries::default().get().min(most);
-    match MEASURED.get_or_init(|| measure().map_err(|error| error.to_string())) {
+    match MEASURED.get_or_init(|| dirty_log_costs().map_err(|error| error.to_string())) {
         Ok((bitmap, ring)) => {
             let (of_bitmap, of_ring) = (bitmap.of_a_round(memory), ring.of_a_round(memory));
             let why = format!(
@@ -109,16 +109,16 @@ fn clearly_less(this: Duration, that: Duration) -> bool {
 
 /// What one log costs here.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Costs {
+pub struct DirtyLogCosts {
     /// The guest, per page written first after a harvest.
-    write_ns: f64,
+    pub write_ns: f64,
     /// The harvest, per page written.
-    harvest_ns: f64,
+    pub harvest_ns: f64,
     /// The harvest, per page of memory.
-    memory_ns: f64,
+    pub memory_ns: f64,
 }
 
-impl Costs {
+impl DirtyLogCosts {
     /// A harvest of a guest with so much memory, and the writes that it finds.
     fn of_a_round(self, memory: PageCount) -> Duration {
         #[expect(clippy::cast_precision_loss, reason = "page counts are far below 2^52")]
@@ -128,8 +128,8 @@ impl Costs {
     }
 }
 
-/// Both logs' costs: the bitmap's, and the ring's.
-fn measure() -> Result<(Costs, Costs), Error> {
+/// Measure what recording writes costs on this host, in some milliseconds: with the bitmap, and with a ring.
+pub fn dirty_log_costs() -> Result<(DirtyLogCosts, DirtyLogCosts), Error> {
     let kvm = probe::open_kvm()?;
     let bitmap = costs(&kvm, |vm| Ok(Arc::new(DirtyBitmap::new(vm.clone())?)))?;
     let ring = costs(&kvm, |vm| Ok(Arc::new(DirtyRing::new(vm.clone(), RINGS_ENTRIES, 1)?)))?;
@@ -142,7 +142,7 @@ const WRITTEN: u32 = 64;
 const RINGS_ENTRIES: u32 = 1024;
 const ROUNDS: usize = 3;
 
-fn costs(kvm: &Kvm, log: impl FnOnce(&Arc<VmFd>) -> Result<Arc<dyn WriteLog>, Error>) -> Result<Costs, Error> {
+fn costs(kvm: &Kvm, log: impl FnOnce(&Arc<VmFd>) -> Result<Arc<dyn WriteLog>, Error>) -> Result<DirtyLogCosts, Error> {
     // Made first, so that it goes last.
     let memory = Memory::new(Shape::new(1, Bytes::mib(64), Sharing::Private)?)?;
     let vm = Arc::new(kvm.create_vm().map_err(Error::kvm("create a VM"))?);
@@ -179,7 +179,7 @@ fn costs(kvm: &Kvm, log: impl FnOnce(&Arc<VmFd>) -> Result<Arc<dyn WriteLog>, Er
     let [write, harvest, nothing] = least;
     #[expect(clippy::cast_precision_loss, reason = "a small number of pages")]
     let memory_ns = nothing / pages.0 as f64;
-    Ok(Costs {
+    Ok(DirtyLogCosts {
         write_ns: write / f64::from(WRITTEN),
         harvest_ns: (harvest - nothing).max(0.0) / f64::from(WRITTEN),
         memory_ns,
@@ -286,8 +286,8 @@ impl Writer {
 mod tests {
     use super::*;
 
-    const fn costs_of(write_ns: f64, harvest_ns: f64, memory_ns: f64) -> Costs {
-        Costs {
+    const fn costs_of(write_ns: f64, harvest_ns: f64, memory_ns: f64) -> DirtyLogCosts {
+        DirtyLogCosts {
             write_ns,
             harvest_ns,
             memory_ns,
@@ -297,7 +297,7 @@ mod tests {
     #[test]
     fn a_log_that_costs_nothing_per_page_of_memory_wins_where_memory_is_large() {
         let (bitmap, ring) = (costs_of(2500.0, 30.0, 1.0), costs_of(2600.0, 40.0, 0.0));
-        let wins = |ring: Costs, pages| {
+        let wins = |ring: DirtyLogCosts, pages| {
             let memory = PageCount(pages);
             clearly_less(ring.of_a_round(memory), bitmap.of_a_round(memory))
         };
@@ -322,7 +322,7 @@ mod tests {
             eprintln!("SKIPPED: there is no dirty ring");
             return;
         }
-        let (bitmap, ring) = measure().unwrap();
+        let (bitmap, ring) = dirty_log_costs().unwrap();
         eprintln!("{bitmap:?} {ring:?}");
         for costs in [bitmap, ring] {
             assert!(costs.write_ns > 0.0 && costs.memory_ns > 0.0, "{costs:?}");
