@@ -46,6 +46,8 @@ const PROBE_AFTER: u32 = 32;
 const NEAR: f64 = 2.0;
 /// With a fixed method: above this ratio a batch did not shrink, and the next ones are not tried.
 const WORTH_COMPRESSING: f64 = 0.9;
+/// One batch makes a method look no slower than so many times what it was.
+const SLOWER: f64 = 3.0;
 /// So little is not worth compressing: it is one packet in any case.
 const LITTLE: Bytes = Bytes(512);
 /// A measure is the mean over about so many bytes.
@@ -222,8 +224,9 @@ impl Measure {
     }
 
     fn learn(&mut self, bytes: f64, ratio: f64, took: Duration) {
-        // Times rather than speeds: the mean of what a byte took is what the next will take.
-        let took = took.as_secs_f64().max(1e-9) / bytes;
+        // Times rather than speeds: the mean of what a byte took is what the next will take. A thread that had to wait for
+        // a processor says little about the method: no more than that it was slow.
+        let took = (took.as_secs_f64().max(1e-9) / bytes).min(SLOWER / self.speed);
         let weight = if self.measured {
             (bytes / REMEMBERED_BYTES).min(0.5)
         } else {
@@ -366,6 +369,18 @@ mod tests {
         assert!(methods.iter().all(|method| *method == methods[0]), "{methods:?}");
         world.chooser.link(Bandwidth::mbit(8_000));
         assert_eq!(world.ship(true), Method::None, "1 ns as it is, 1.1 and 0.4 by lz4");
+    }
+
+    #[test]
+    fn one_batch_that_waited_for_a_processor_changes_nothing() {
+        let mut world = World::new(Compression::Auto, 1.0, TEXT);
+        world.chooser.link(Bandwidth::mbit(1_000));
+        let settled = world.settles_on();
+        let zstd = Method::Zstd(Level::ONE);
+        world
+            .chooser
+            .packed(zstd, zstd, BODY, Bytes(BODY.0 / 4), Duration::from_millis(500));
+        assert_eq!(world.settles_on().0, settled.0);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `traffic` | disks and networks, beside QEMU's |
 //! | `peers` | QEMU, with the same guest |
+//! | `codec` | what pages become on the wire, and how quickly |
 //! | `devices` | exits to devices, and saving and restoring them |
 //! | `figure` | a figure: samples, median, 99th percentile, aim |
 //! | `harvest` | recording writes, harvesting them, capturing pages |
@@ -18,6 +19,7 @@
 //! | `usage` | what the kernel says of a process |
 #![forbid(unsafe_code)]
 
+mod codec;
 mod devices;
 mod figure;
 mod harvest;
@@ -58,6 +60,27 @@ const FAMILIES: &[Family] = &[
         names: &["seed_throughput", "seed_cpu_tx", "seed_cpu_rx"],
         measure: seeding::incompressible,
         samples: (20, 2),
+    },
+    Family {
+        names: &[
+            "bytes_per_dirty_counter",
+            "bytes_per_dirty_keyvalue",
+            "bytes_per_dirty_text",
+            "bytes_per_dirty_mixed",
+            "bytes_per_dirty_random",
+        ],
+        measure: codec::bytes,
+        samples: (20, 2),
+    },
+    Family {
+        names: &["encode_throughput", "zero_scan"],
+        measure: codec::speed,
+        samples: (20, 2),
+    },
+    Family {
+        names: &["seed_bytes_linux"],
+        measure: codec::linux,
+        samples: (5, 1),
     },
     Family {
         names: &["snapshot_pause", "snapshot_total", "restore_total"],
@@ -151,6 +174,9 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Vec<String>) -> Result<()> {
+    if args.first().is_some_and(|arg| arg == codec::STORE) {
+        return codec::store();
+    }
     let (options, wanted): (Vec<String>, Vec<String>) = args.into_iter().partition(|arg| arg.starts_with("--"));
     // The lines are JSON anyway; `--json` is there for whoever expects to have to ask for them.
     if let Some(unknown) = options
