@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use umbra_core::guest::{Guest, GuestError, Harvest, PageBytes, PageReader, Space, StateRecord};
-use umbra_units::{PAGE_SIZE, PageCount, PageId, Pfn, SpaceId};
+use umbra_core::snapshot::Walk;
+use umbra_core::source::Plan;
+use umbra_units::{BatchId, Epoch, PAGE_SIZE, PageCount, PageId, PageSet, Pfn, SpaceId};
 
 /// Memory of several spaces.
 #[derive(Debug)]
@@ -91,4 +93,11 @@ impl Guest for Flat {
     fn hold_output(&self) {}
 
     fn release_output(&self) {}
+}
+
+/// A plan for batch 1 of epoch 1 with page 0 of RAM, to be changed.
+pub fn plan() -> Plan {
+    let dirty = vec![(SpaceId::RAM, PageSet::full(PageCount(1)))];
+    let plan = Walk::new(Harvest { dirty }).next_plan(BatchId(1), Epoch(1));
+    plan.expect("it has a page")
 }

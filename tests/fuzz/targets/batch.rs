@@ -14,7 +14,11 @@ fuzz_target!(|data: &[u8]| {
     let Some((how, rest)) = data.split_first() else { return };
     let there = Flat::new(&[(0, 16), (3, 4)]);
     let mut image = Image::new(&there.spaces);
-    let bytes = if how & 1 == 0 { rest.to_vec() } else { framed(*how, rest) };
+    let bytes = if how & 1 == 0 {
+        rest.to_vec()
+    } else {
+        framed(*how, rest)
+    };
     if let Ok(batch) = Batch::parse(&bytes) {
         assert!(batch.len() <= umbra_core::limits::BATCH_PAGES);
         let _ = image.apply(batch, &there);
@@ -28,7 +32,11 @@ fn framed(how: u8, body: &[u8]) -> Vec<u8> {
     let count = |n: usize| u32::from(counts.get(n).copied().unwrap_or(0));
     let flags = (how >> 1) & 7;
     let packed = flags & 5 != 0;
-    let length = if packed { count(0) << 6 | count(1) } else { body.len() as u32 };
+    let length = if packed {
+        count(0) << 6 | count(1)
+    } else {
+        body.len() as u32
+    };
     let mut bytes = vec![0xb2, flags];
     bytes.extend([1u64, 1, 0].map(u64::to_le_bytes).concat());
     bytes.extend((count(2) % 8).to_le_bytes());

@@ -8,6 +8,7 @@
 //! | [`setup`] | has this machine what a build needs, and can it run guests? |
 //! | [`plan`] | what is checked, in which order, and how is it reported? |
 //! | [`edges`] | do the crates depend on each other as the architecture allows? |
+//! | [`fuzz`] | what do inputs that nobody thought of do? |
 //! | [`linux`] | where is the Linux that guests boot, and does it have to be built? |
 //! | [`book`] | do the documents name files, tests and headings that exist? |
 //! | [`house`] | where is everything, and how is cargo asked for it? |
@@ -15,6 +16,7 @@
 
 mod book;
 mod edges;
+mod fuzz;
 mod house;
 mod linux;
 mod plan;
@@ -31,6 +33,7 @@ cargo xtask COMMAND
   demo [ARGS...]                 set up, build and run `umbra demo ARGS`
   bench [NAME...] [--json] [--short]
                                  set up, build and run the benchmarks behind docs/numbers.md
+  fuzz [--minutes N] [TARGET...] build the fuzz targets and run each for a minute, or N
   setup                          check what a build needs; installs missing Debian packages when root
   guest                          build the tiny test kernel and print its path
   linux [--print]                build a Linux for guests, once per machine, and print where it is, as lines for a shell;
@@ -68,6 +71,7 @@ fn run(words: &[String]) -> Outcome<ExitCode> {
         }
         "demo" => plan::demo(&house, rest),
         "bench" => plan::bench(&house, rest),
+        "fuzz" => fuzz::fuzz(&house, rest),
         "setup" | "guest" | "edges" | "tour" if !rest.is_empty() => Err(format!(
             "`{command}` takes no arguments, but was given `{}`",
             rest.join(" ")

@@ -12,7 +12,7 @@ use std::{
 };
 
 use crate::{
-    book, edges,
+    book, edges, fuzz,
     house::{House, Outcome, show},
     linux,
     setup::{self, Abilities},
@@ -229,6 +229,10 @@ pub(crate) fn test(house: &House, long: bool) -> Outcome<ExitCode> {
         &["--test", "*"]
     };
     run.command("integration and end-to-end tests", test(ignored));
+    run.command("build of the fuzz targets", fuzz::build(house));
+    for (target, command) in fuzz::short(house)? {
+        run.command(&format!("fuzz, short form: {target}"), command);
+    }
     match &able.no_kvm {
         None => {
             run.command("demo", built(house, "umbra", &["demo"]));
