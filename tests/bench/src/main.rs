@@ -13,6 +13,8 @@
 //! | `figure` | a figure: samples, median, 99th percentile, aim |
 //! | `harvest` | recording writes, harvesting them, capturing pages |
 //! | `moves` | pauses and evacuation |
+//! | `order`, `follow` | what the order of shipping is worth; what being followed costs the guest |
+//! | `record` | not a figure: `umbra-bench record FILE …` writes down what a guest writes, for `umbra-sim replay` |
 //! | `seeding` | the first full copy |
 //! | `snapshots` | keeping a guest in a folder, and bringing it back |
 //! | `start` | starting a guest, what it costs, and the demo |
@@ -22,9 +24,12 @@
 mod codec;
 mod devices;
 mod figure;
+mod follow;
 mod harvest;
 mod moves;
+mod order;
 mod peers;
+mod record;
 mod seeding;
 mod snapshots;
 mod start;
@@ -81,6 +86,21 @@ const FAMILIES: &[Family] = &[
         names: &["seed_bytes_linux"],
         measure: codec::linux,
         samples: (5, 1),
+    },
+    Family {
+        names: &["stop_pages_ratio", "stop_pages_cold", "stop_pages_round"],
+        measure: order::stop_pages,
+        samples: (10, 1),
+    },
+    Family {
+        names: &["resend_factor"],
+        measure: order::resend,
+        samples: (10, 1),
+    },
+    Family {
+        names: &["guest_slowdown_follow"],
+        measure: follow::slowdown,
+        samples: (20, 2),
     },
     Family {
         names: &["snapshot_pause", "snapshot_total", "restore_total"],
@@ -176,6 +196,9 @@ fn main() -> ExitCode {
 fn run(args: Vec<String>) -> Result<()> {
     if args.first().is_some_and(|arg| arg == codec::STORE) {
         return codec::store();
+    }
+    if let Some((_, rest)) = args.split_first().filter(|(first, _)| *first == "record") {
+        return record::record(rest);
     }
     let (options, wanted): (Vec<String>, Vec<String>) = args.into_iter().partition(|arg| arg.starts_with("--"));
     // The lines are JSON anyway; `--json` is there for whoever expects to have to ask for them.

@@ -19,6 +19,15 @@ pub(crate) fn pid(process: &Process) -> Result<u64> {
 
 /// Seconds of processor time that the VMM's own threads have used, vCPUs left out.
 pub(crate) fn cpu_seconds(pid: u64) -> Result<f64> {
+    thread_seconds(pid, |name| !name.starts_with(VCPU))
+}
+
+/// Seconds of processor time that the vCPUs have used: the guest's, and what leaving it costs.
+pub(crate) fn vcpu_seconds(pid: u64) -> Result<f64> {
+    thread_seconds(pid, |name| name.starts_with(VCPU))
+}
+
+fn thread_seconds(pid: u64, counts: impl Fn(&str) -> bool) -> Result<f64> {
     let mut ticks = 0.0;
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
         let dir = task?.path();
@@ -27,7 +36,7 @@ pub(crate) fn cpu_seconds(pid: u64) -> Result<f64> {
             continue;
         };
         let (head, fields) = stat.rsplit_once(") ").context("a stat line")?;
-        if head.split_once('(').is_some_and(|(_, name)| name.starts_with(VCPU)) {
+        if !head.split_once('(').is_some_and(|(_, name)| counts(name)) {
             continue;
         }
         // utime and stime are fields 14 and 15, and `fields` begins with the third.

@@ -173,6 +173,7 @@ const PLAN: &[Place] = &[
             "umbra-node",
             "umbra-paths",
             "umbra-quic",
+            "umbra-sim",
             "umbra-units",
         ],
         never: &[],
