@@ -27,7 +27,6 @@
 use std::arch::asm;
 use std::fmt;
 use std::fs::File;
-use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
@@ -36,9 +35,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use umbra_core::guest::{PageBytes, Space};
+use umbra_devices::virtio::WriteMarks;
 use umbra_devices::virtio::balloon::MemoryAdvice;
 use umbra_units::{Gpa, PAGE_SIZE, PageCount, PageSet, Pfn};
-use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::bitmap::{Bitmap as _, NewBitmap as _};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
@@ -48,7 +48,7 @@ use crate::error::Error;
 use crate::lazy::{Awaited, Missing};
 
 /// Guest memory as `vm-memory` knows it: for loaders and devices.
-pub(crate) type Ram = GuestMemoryMmap<AtomicBitmap>;
+pub(crate) type Ram = GuestMemoryMmap<WriteMarks>;
 
 /// All of a guest's RAM.
 #[derive(Debug)]
@@ -196,16 +196,15 @@ impl Memory {
             // Marked after they became zeros, as any write is, and also if only some did: a harvest in between finds them in
             // the next.
             let bytes = run.start * PAGE_SIZE;
-            self.mapped(block).bitmap().set_addr_range(bytes, run.len() * PAGE_SIZE);
+            self.mapped(block).bitmap().mark_dirty(bytes, run.len() * PAGE_SIZE);
             done?;
         }
         Ok(())
     }
 
-    /// What devices and loaders wrote since this was last asked, as bits of one block.
-    pub(crate) fn take_device_writes(&self, block: &Block) -> Vec<u64> {
-        let region = &self.mapped(block);
-        region.bitmap().get_and_reset()
+    /// What devices and loaders wrote since this was last asked: tells words of the block that have bits, and their number.
+    pub(crate) fn take_device_writes(&self, block: &Block, found: impl FnMut(usize, u64)) {
+        self.mapped(block).bitmap().take(found);
     }
 
     /// Make all of it zeros, as it was before the guest was first booted, and give back to the host what was backed.
@@ -220,7 +219,7 @@ impl Memory {
             self.about_to_discard(block.first, block.pages);
             for run in block.clear()? {
                 let (first, pages) = (index(run.start), index(run.end - run.start));
-                region.bitmap().set_addr_range(first * PAGE_SIZE, pages * PAGE_SIZE);
+                region.bitmap().mark_pages(first, pages);
             }
         }
         Ok(())
@@ -229,11 +228,11 @@ impl Memory {
     /// Forget what devices and loaders wrote.
     pub(crate) fn forget_device_writes(&self) {
         for block in &self.blocks {
-            self.mapped(block).bitmap().reset();
+            self.mapped(block).bitmap().take(|_, _| {});
         }
     }
 
-    fn mapped(&self, block: &Block) -> Arc<vm_memory::MmapRegion<AtomicBitmap>> {
+    fn mapped(&self, block: &Block) -> Arc<vm_memory::MmapRegion<WriteMarks>> {
         use vm_memory::GuestMemoryBackend as _;
         self.ram
             .find_region(GuestAddress(block.first.gpa().0))
@@ -410,7 +409,7 @@ impl Memory {
         block.write(index, bytes);
         // What is applied is what somebody else already has, but only the caller knows whether that somebody is still
         // interested: report it, as every other write of the VMM.
-        self.mapped(block).bitmap().set_bit(index);
+        self.mapped(block).bitmap().mark_pages(index, 1);
         Ok(())
     }
 
@@ -514,11 +513,9 @@ impl Block {
         first..first + self.mapping.bytes
     }
 
-    fn region(&self) -> Result<GuestRegionMmap<AtomicBitmap>, Error> {
-        let page = NonZeroUsize::new(PAGE_SIZE).expect("a page has bytes");
-        let builder =
-            MmapRegionBuilder::new_with_bitmap(self.mapping.bytes, AtomicBitmap::new(self.mapping.bytes, page))
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+    fn region(&self) -> Result<GuestRegionMmap<WriteMarks>, Error> {
+        let builder = MmapRegionBuilder::new_with_bitmap(self.mapping.bytes, WriteMarks::with_len(self.mapping.bytes))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
         // SAFETY: the mapping is `bytes` long, readable and writable, and outlives the region: both are owned by one
         // `Memory`, which hands the region out only to those who keep the `Memory` for longer.
         let builder = unsafe { builder.with_raw_mmap_pointer(self.mapping.address.as_ptr()) };
@@ -882,6 +879,11 @@ mod tests {
         Memory::new(Shape::new(1, Bytes::mib(mib), sharing).unwrap()).unwrap()
     }
 
+    /// What devices wrote to the first block.
+    fn marked(memory: &Memory) -> Vec<u64> {
+        memory.mapped(&memory.blocks[0]).bitmap().take_words()
+    }
+
     /// Bytes of memory behind a shared block.
     fn backed(memory: &Memory) -> u64 {
         use std::os::unix::fs::MetadataExt;
@@ -942,7 +944,7 @@ mod tests {
             }
             memory.forget_device_writes();
             memory.discard(Pfn(4), PageCount(8)).unwrap();
-            let written = memory.take_device_writes(&memory.blocks[0]);
+            let written = marked(&memory);
             assert_eq!(written[0], 0xff0, "{sharing:?}");
             let mut out = Vec::new();
             let pages: Vec<Pfn> = (0..20).map(Pfn).collect();
@@ -959,7 +961,7 @@ mod tests {
             let mut page = [0; PAGE_SIZE];
             memory.read_page(Pfn(5), &mut page).unwrap();
             assert_eq!(page, [9; PAGE_SIZE]);
-            assert_eq!(memory.take_device_writes(&memory.blocks[0])[0], 1 << 5);
+            assert_eq!(marked(&memory)[0], 1 << 5);
         }
     }
 
@@ -1020,7 +1022,7 @@ mod tests {
             let mut out = Vec::new();
             memory.read_pages(&all, &mut out).unwrap();
             assert!(out.iter().all(|byte| *byte == 0));
-            let written = PageSet::from_words(memory.take_device_writes(&memory.blocks[0]), PageCount(2048));
+            let written = PageSet::from_words(marked(&memory), PageCount(2048));
             if sharing == Sharing::Shared {
                 assert_eq!(backed(&memory), 0);
                 assert_eq!(written.iter().map(|page| page.0).collect::<Vec<_>>(), [0, 7, 8, 2047]);
@@ -1042,7 +1044,7 @@ mod tests {
             memory.apply_page(Pfn(7), &[1; PAGE_SIZE]).unwrap();
             memory.forget_device_writes();
             memory.clear().unwrap();
-            let written = memory.take_device_writes(&memory.blocks[0]);
+            let written = marked(&memory);
             assert_eq!((written[0], written[1..].iter().sum::<u64>()), (1 << 7, 0));
             let mut page = [1; PAGE_SIZE];
             memory.read_page(Pfn(7), &mut page).unwrap();
@@ -1080,7 +1082,7 @@ mod tests {
             assert_eq!(out, [[0; PAGE_SIZE], [1; PAGE_SIZE]].concat());
             memory.forget_device_writes();
             memory.clear().unwrap();
-            assert_eq!(memory.take_device_writes(&memory.blocks[0])[8], 2);
+            assert_eq!(marked(&memory)[8], 2);
         }
     }
 
@@ -1088,17 +1090,12 @@ mod tests {
     fn a_device_write_is_remembered_once() {
         let memory = memory(8, Sharing::Shared);
         memory.write(Gpa(0x41ffe), b"four").unwrap();
-        let bits = memory.take_device_writes(&memory.blocks[0]);
+        let bits = marked(&memory);
         assert_eq!(
             (bits[1], bits.iter().map(|word| word.count_ones()).sum::<u32>()),
             (0b110, 2)
         );
-        assert!(
-            memory
-                .take_device_writes(&memory.blocks[0])
-                .iter()
-                .all(|word| *word == 0)
-        );
+        assert!(marked(&memory).iter().all(|word| *word == 0));
     }
 
     #[test]

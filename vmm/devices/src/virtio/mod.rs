@@ -79,6 +79,7 @@ pub mod console;
 pub mod engine;
 pub mod interrupt;
 pub mod limiter;
+mod marks;
 pub mod mmio;
 pub mod net;
 pub mod rings;
@@ -93,16 +94,16 @@ use std::fmt;
 
 use umbra_units::{Malformed, Now, Reader, Writer};
 use vm_memory::GuestMemoryMmap;
-use vm_memory::bitmap::AtomicBitmap;
 
 pub use chain::{Chain, Segment, Segments, Token};
 pub use engine::{Counters, Engine, Work};
 pub use interrupt::Interrupt;
+pub use marks::WriteMarks;
 pub use mmio::{Mmio, Wiring};
 pub use rings::Rings;
 
 /// Guest memory as devices see it: every write is marked in the bitmap.
-pub type Ram = GuestMemoryMmap<AtomicBitmap>;
+pub type Ram = GuestMemoryMmap<WriteMarks>;
 
 /// One device type: what its requests mean. Everything about registers, queues and interrupts is the transport's.
 pub trait Virtio: Send + 'static {

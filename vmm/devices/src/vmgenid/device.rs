@@ -267,7 +267,7 @@ mod tests {
         let mut generation = Generation::new(wiring(&world, &ram));
         let marked = || {
             let region = ram.iter().next().unwrap().get_mmap();
-            let bits = region.bitmap().get_and_reset();
+            let bits = region.bitmap().take_words();
             bits[0]
         };
         marked();

@@ -34,7 +34,7 @@ pub(crate) enum Patience {
 }
 
 /// A slice of guest memory.
-type Slice<'a> = VolatileSlice<'a, BS<'a, vm_memory::bitmap::AtomicBitmap>>;
+type Slice<'a> = VolatileSlice<'a, BS<'a, umbra_devices::virtio::WriteMarks>>;
 
 /// Move bytes between `image`, from `offset`, and `runs`, all of them or an error.
 ///
@@ -254,8 +254,8 @@ mod tests {
     fn dirty(ram: &Ram) -> Vec<u64> {
         let mut pages = Vec::new();
         for region in ram.iter() {
-            let mapping: &vm_memory::MmapRegion<vm_memory::bitmap::AtomicBitmap> = region;
-            for (word, bits) in (0_u64..).zip(mapping.bitmap().get_and_reset()) {
+            let mapping: &vm_memory::MmapRegion<umbra_devices::virtio::WriteMarks> = region;
+            for (word, bits) in (0_u64..).zip(mapping.bitmap().take_words()) {
                 let first = region.start_addr().0 / 4096 + word * 64;
                 pages.extend((0..64).filter(|bit| bits >> bit & 1 == 1).map(|bit| first + bit));
             }

@@ -164,7 +164,8 @@ impl Tracker {
             words = dirty.words().to_vec();
         }
         for block in memory.blocks() {
-            join(&mut words, block, &memory.take_device_writes(block));
+            let words = words_of(&mut words, block);
+            memory.take_device_writes(block, |word, bits| words[word] |= bits);
         }
         let mut dirty = PageSet::from_words(words, pages);
         if let Some(owed) = state.owed.take() {

@@ -489,7 +489,9 @@ impl<D: Virtio> Driver<D> {
 
     /// All of guest memory, page by page, to be compared by [`unmarked`](Self::unmarked). Forgets what was marked.
     pub fn snapshot(&self) -> Vec<(GuestAddress, Vec<u8>)> {
-        self.ram().iter().for_each(|region| region.get_mmap().bitmap().reset());
+        self.ram()
+            .iter()
+            .for_each(|region| region.get_mmap().bitmap().take(|_, _| {}));
         self.pages()
     }
 
@@ -507,11 +509,12 @@ impl<D: Virtio> Driver<D> {
     }
 
     fn is_marked(&self, at: GuestAddress) -> bool {
+        use vm_memory::bitmap::Bitmap as _;
         self.ram().to_region_addr(at).is_some_and(|(region, offset)| {
             region
                 .get_mmap()
                 .bitmap()
-                .is_addr_set(usize::try_from(offset.0).unwrap_or(usize::MAX))
+                .dirty_at(usize::try_from(offset.0).unwrap_or(usize::MAX))
         })
     }
 
