@@ -9,6 +9,7 @@
 use std::process::{Command, ExitCode};
 
 use crate::house::{House, Outcome, show};
+use crate::setup::{Tool, install_missing};
 
 /// Every target, and how long an input may be: long enough for what it is the input of.
 const TARGETS: &[(&str, u32)] = &[
@@ -19,6 +20,13 @@ const TARGETS: &[(&str, u32)] = &[
     ("virtio", 1_024),
     ("walk", 4_096),
 ];
+
+const TOOLS: &[Tool] = &[Tool {
+    program: "c++",
+    probe: &["--version"],
+    packages: &["g++"],
+    why: "compiles libFuzzer",
+}];
 
 /// Machines differ; the instrumented code is for the one it is built on.
 const HOST: &str = "x86_64-unknown-linux-gnu";
@@ -39,6 +47,7 @@ const MIB: u32 = 1024;
 /// `cargo xtask fuzz [--minutes N] [TARGET...]`.
 pub(crate) fn fuzz(house: &House, words: &[String]) -> Outcome<ExitCode> {
     let (minutes, wanted) = read(words)?;
+    setup()?;
     run(&mut build(house), "build")?;
     for (target, longest) in TARGETS.iter().filter(|(name, _)| wanted.contains(name)) {
         run(&mut target_for(house, target, *longest, minutes * 60)?, target)?;
@@ -68,6 +77,11 @@ fn read(words: &[String]) -> Outcome<(u32, Vec<&'static str>)> {
         wanted.extend(names());
     }
     Ok((minutes, wanted))
+}
+
+/// What fuzzing needs beside what everything needs.
+pub(crate) fn setup() -> Outcome<()> {
+    install_missing(TOOLS)
 }
 
 /// Build the targets.

@@ -229,6 +229,7 @@ pub(crate) fn test(house: &House, long: bool) -> Outcome<ExitCode> {
         &["--test", "*"]
     };
     run.command("integration and end-to-end tests", test(ignored));
+    run.step("C++ for the fuzz targets", "cargo xtask fuzz", fuzz::setup);
     run.command("build of the fuzz targets", fuzz::build(house));
     for (target, command) in fuzz::short(house)? {
         run.command(&format!("fuzz, short form: {target}"), command);
