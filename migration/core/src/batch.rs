@@ -1,4 +1,4 @@
-//! A batch: page copies of one epoch on their way, and for a final epoch what closes it. The bytes are in
+//! A batch: page copies of one epoch on their way, and what closes it. The bytes are in
 //! `docs/wire.md`, under *Batch*.
 //!
 //! A batch is made once, by [`BatchWriter`], from page contents the node copied a moment before, and read once, by
@@ -35,16 +35,22 @@ const HEADER_BYTES: usize = LEAST_BYTES + 4;
 pub(crate) const LEAST_BYTES: usize = 1 + 1 + 8 + 8 + 8 + 4 + 4;
 /// The longest batch there is: one that is not compressed.
 pub(crate) const MOST_BYTES: usize = HEADER_BYTES + limits::BATCH_BYTES;
+/// Flag of a close: both sides hash all of memory.
+const AUDIT: u8 = 1;
+/// Flag of a close: the guest goes with the epoch.
+const FINAL: u8 = 2;
 /// space, page number, encoding, length, hash
 const ENTRY_BYTES: usize = 2 + 4 + 1 + 2 + 8;
 
-/// What ends a final epoch: the digest its memory must have, and everything that is not memory.
+/// What ends an epoch: the digest its memory must have, and everything that is not memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Close {
     /// The digest of all memory at the cut.
     pub digest: Digest,
     /// Whether the shadow is asked to hash its memory itself before it says it is prepared.
     pub audit: bool,
+    /// Whether the guest goes with it: the shadow is to be prepared, not only to commit.
+    pub is_final: bool,
     /// vCPU and device state.
     pub records: Vec<StateRecord>,
 }
@@ -448,20 +454,22 @@ fn read_entry(reader: &mut Reader<'_>, payload_at: usize, layout: Layout) -> Res
 }
 
 fn write_close(close: &Close, out: &mut Writer) {
-    out.u128(close.digest.0).u8(u8::from(close.audit));
+    let audit = if close.audit { AUDIT } else { 0 };
+    let is_final = if close.is_final { FINAL } else { 0 };
+    out.u128(close.digest.0).u8(audit | is_final);
     write_records(&close.records, out);
 }
 
 fn read_close(reader: &mut Reader<'_>) -> Result<Close, Malformed> {
     let digest = Digest(reader.u128("close digest")?);
-    let audit = match reader.u8("close audit flag")? {
-        0 => false,
-        1 => true,
-        _ => return Err(reader.malformed("close audit flag")),
-    };
+    let flags = reader.u8("close flags")?;
+    if flags & !(AUDIT | FINAL) != 0 {
+        return Err(reader.malformed("close flags"));
+    }
     Ok(Close {
         digest,
-        audit,
+        audit: flags & AUDIT != 0,
+        is_final: flags & FINAL != 0,
         records: read_records(reader)?,
     })
 }
@@ -518,6 +526,7 @@ mod tests {
         writer.close(Close {
             digest: Digest(8),
             audit: true,
+            is_final: true,
             records,
         });
         assert_eq!(
@@ -568,6 +577,7 @@ mod tests {
         Close {
             digest: Digest(0x0102),
             audit: false,
+            is_final: false,
             records,
         }
     }

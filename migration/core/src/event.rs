@@ -5,6 +5,8 @@ use std::time::Duration;
 use umbra_units::{Epoch, PageCount, PageId, Term};
 
 use crate::phase::{ShadowPhase, SourcePhase};
+use crate::report::CutReport;
+use crate::source::CutReason;
 
 /// Something worth telling, from either side.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,6 +54,38 @@ pub enum Event {
     },
     /// The switchover did not happen; the guest runs on at the source.
     SwitchoverFailed {
+        /// Why, in words for an operator.
+        text: String,
+    },
+    /// An epoch is to be cut while the guest goes on.
+    CutBegan {
+        /// Its number.
+        epoch: Epoch,
+        /// Why.
+        reason: CutReason,
+    },
+    /// The epoch was not cut; the guest runs on, and following goes on.
+    CutFailed {
+        /// Why, in words for an operator.
+        text: String,
+    },
+    /// The shadow committed an epoch that was cut here: the account of it.
+    Cut(Box<CutReport>),
+    /// This shadow committed an epoch: it could go back to it whatever comes.
+    Committed {
+        /// Which.
+        epoch: Epoch,
+    },
+    /// The shadow could not keep its committed epoch apart from what came after it. It follows on, and holds nothing that may
+    /// run until the next is committed.
+    EpochGivenUp {
+        /// Which.
+        epoch: Epoch,
+        /// Why, in words for an operator.
+        text: String,
+    },
+    /// The committed epoch could not be gone back to; it is still kept.
+    RecallFailed {
         /// Why, in words for an operator.
         text: String,
     },

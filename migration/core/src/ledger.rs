@@ -59,6 +59,8 @@ pub struct Ledger {
     next: BatchId,
     /// The space that is asked first for the next batch, so that no space starves.
     first: SpaceId,
+    /// Pages set aside, of all spaces.
+    aside: PageCount,
 }
 
 #[derive(Debug)]
@@ -67,6 +69,8 @@ struct SpaceLedger {
     /// What is owed, in the order in which it is taken.
     owed: Line,
     heat: Heat,
+    /// Captured at a cut and not yet shipped; a page may be owed again beside.
+    aside: PageSet,
     /// Nothing touched them since the guest was built.
     free: PageSet,
     /// Pages whose newest shipment is not acknowledged.
@@ -87,6 +91,7 @@ impl Ledger {
                 let ledger = SpaceLedger {
                     owed: Line::new(order, present.clone()),
                     heat: Heat::new(space.pages),
+                    aside: PageSet::new(space.pages),
                     free: PageSet::new(space.pages),
                     travelling: PageSet::new(space.pages),
                     seeded: PageSet::new(space.pages),
@@ -101,6 +106,7 @@ impl Ledger {
             in_flight: BTreeMap::new(),
             next: BatchId(1),
             first: SpaceId::RAM,
+            aside: PageCount::ZERO,
         }
     }
 
@@ -158,7 +164,14 @@ impl Ledger {
 
     /// Take up to `most` owed pages into a new batch, which is in flight from now on, but none that `hold` holds. An empty
     /// batch is a batch too: a cut may have nothing to say but its records. Pages of one space stand together, ascending.
+    ///
+    /// # Panics
+    /// While pages are set aside: an older copy of a page would follow a newer one.
     pub fn take(&mut self, now: Now, most: PageCount, hold: Option<Hold>) -> (BatchId, Vec<Owed>) {
+        assert!(
+            self.aside == PageCount::ZERO,
+            "what was set aside ships before what followed it"
+        );
         let batch = self.next;
         self.next = batch.next();
         let mut owed = self.owed();
@@ -184,6 +197,58 @@ impl Ledger {
         self.in_flight
             .insert(batch, taken.iter().map(|owed| owed.page).collect());
         (batch, taken)
+    }
+
+    /// An epoch was cut: everything owed now is set aside, to be shipped as it was then. What is written from now on is
+    /// owed beside it. Answers what was set aside.
+    pub fn set_aside(&mut self) -> Harvest {
+        let dirty = self.spaces.iter_mut().map(|(id, ledger)| {
+            let owed = ledger.owed.owed().clone();
+            owed.iter().for_each(|pfn| ledger.owed.forgive(pfn));
+            ledger.aside.union_with(&owed);
+            (*id, owed)
+        });
+        let harvest = Harvest { dirty: dirty.collect() };
+        self.aside += harvest.count();
+        harvest
+    }
+
+    /// Pages set aside and not yet taken.
+    pub const fn aside(&self) -> PageCount {
+        self.aside
+    }
+
+    /// Take up to `most` pages of those set aside into a new batch.
+    pub fn take_aside(&mut self, most: PageCount) -> (BatchId, Vec<Owed>) {
+        let batch = self.next;
+        self.next = batch.next();
+        let mut taken = Vec::new();
+        for (id, ledger) in &mut self.spaces {
+            let left = index(Pfn(most.0.saturating_sub(taken.len() as u64)));
+            let pfns: Vec<Pfn> = ledger.aside.iter().take(left).collect();
+            for pfn in pfns {
+                ledger.aside.remove(pfn);
+                taken.push(Owed {
+                    page: PageId { space: *id, pfn },
+                    base: ledger.take(pfn, batch),
+                });
+            }
+        }
+        self.aside = self.aside - PageCount(taken.len() as u64);
+        self.in_flight
+            .insert(batch, taken.iter().map(|owed| owed.page).collect());
+        (batch, taken)
+    }
+
+    /// The cut is not to be: what was set aside and not yet taken is owed like anything else.
+    // covered by: whatever_happens_no_write_is_forgotten
+    pub fn owe_aside(&mut self, now: Now) {
+        for ledger in self.spaces.values_mut() {
+            let capacity = ledger.aside.capacity();
+            let aside = std::mem::replace(&mut ledger.aside, PageSet::new(capacity));
+            aside.iter().for_each(|pfn| ledger.owed.owe(now, pfn, &ledger.heat));
+        }
+        self.aside = PageCount::ZERO;
     }
 
     /// Every space once, each call from another one on.
@@ -307,23 +372,12 @@ impl Ledger {
 
     /// Pages whose newest content the shadow has not acknowledged: owed or in flight.
     pub fn debt(&self) -> PageCount {
-        self.spaces
-            .values()
-            .map(|ledger| {
-                let mut debt = ledger.owed.owed().clone();
-                debt.union_with(&ledger.travelling);
-                debt.count()
-            })
-            .sum()
+        self.spaces.values().map(|ledger| ledger.debt().count()).sum()
     }
 
     /// Everything that is debt, as a harvest: what a host must be told when the session ends and nobody took care.
     pub fn debt_pages(&self) -> Harvest {
-        let dirty = self.spaces.iter().map(|(id, ledger)| {
-            let mut debt = ledger.owed.owed().clone();
-            debt.union_with(&ledger.travelling);
-            (*id, debt)
-        });
+        let dirty = self.spaces.iter().map(|(id, ledger)| (*id, ledger.debt()));
         Harvest { dirty: dirty.collect() }
     }
 
@@ -344,6 +398,13 @@ impl Ledger {
 }
 
 impl SpaceLedger {
+    fn debt(&self) -> PageSet {
+        let mut debt = self.owed.owed().clone();
+        debt.union_with(&self.aside);
+        debt.union_with(&self.travelling);
+        debt
+    }
+
     fn owe(&mut self, now: Now, dirty: &PageSet) {
         let mut dirty = PageSet::from_words(dirty.words().to_vec(), self.present.capacity());
         dirty.intersect_with(&self.present);
@@ -623,15 +684,27 @@ mod tests {
             let mut now = Now::ZERO;
             let mut written = vec![1u64; usize::try_from(pages).unwrap()];
             let mut held = vec![0u64; written.len()];
+            let mut captured = written.clone();
             let mut flying: Vec<(BatchId, Vec<(usize, u64)>)> = Vec::new();
-            for _ in 0..200 {
+            for _ in 0..300 {
                 now = now + std::time::Duration::from_micros(1 << rng.below(24));
-                match rng.below(4) {
+                match rng.below(7) {
                     0 => {
                         let pfn = rng.below(pages);
                         written[usize::try_from(pfn).unwrap()] += 1;
                         ledger.owe(now, &writes(pages, &[pfn]));
                     }
+                    // What was captured at a cut ships as it was, and what follows it waits.
+                    1 if ledger.aside() > PageCount::ZERO => {
+                        let (batch, taken) = ledger.take_aside(PageCount(1 + rng.below(4)));
+                        let copies = taken.iter().map(|owed| usize::try_from(owed.page.pfn.0).unwrap());
+                        flying.push((batch, copies.map(|i| (i, captured[i])).collect()));
+                    }
+                    4 if ledger.aside() == PageCount::ZERO => {
+                        ledger.set_aside();
+                        captured.clone_from(&written);
+                    }
+                    5 => ledger.owe_aside(now),
                     1 => {
                         let hold = rng.chance(0.5).then(|| Hold {
                             from: Rate(1.0),
@@ -661,6 +734,7 @@ mod tests {
                     );
                 }
             }
+            ledger.owe_aside(now);
             while ledger.owed() > PageCount::ZERO {
                 let (_, taken) = ledger.take(now, PageCount(4), None);
                 assert!(

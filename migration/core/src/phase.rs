@@ -66,6 +66,8 @@ moves! {
         Seeding,
         /// Every page has been there once; changes follow continuously.
         Following,
+        /// The guest is stopped for an instant, so that an epoch can be cut; it runs on as soon as its pages are kept.
+        Cutting,
         /// The guest is stopped and its final epoch is travelling. Until the shadow is prepared, this can be undone.
         Final,
         /// This node gave the guest up and said go. It never runs the guest again on its own.
@@ -80,6 +82,10 @@ moves! {
         welcomed: Joining => Seeding;
         /// Every page has been held by the shadow once.
         seeded: Seeding => Following;
+        /// An epoch is to be cut: stop the guest for an instant.
+        stopped_to_cut: Following => Cutting;
+        /// The guest runs on, and the epoch's pages travel; or the cut failed.
+        ran_on: Cutting => Following;
         /// The decision to switch fell: stop the guest and cut the final epoch.
         stopped: Following => Final;
         /// The final epoch did not get through in time, or somebody cancelled: run on here, follow on.
@@ -91,7 +97,7 @@ moves! {
         /// The shadow says it did not run the guest and never will: the guest is handed back.
         handed_back: HandedOver => Abandoned;
         /// End the session; the guest stays here.
-        abandoned: Joining | Seeding | Following | Final => Abandoned;
+        abandoned: Joining | Seeding | Following | Cutting | Final => Abandoned;
         /// An operator vouches that the shadow is dead and never ran: the guest is taken back.
         reclaimed: HandedOver => Abandoned;
     }
@@ -125,9 +131,11 @@ moves! {
         built: Building => Following;
         /// The final epoch is whole and its digest is right.
         verified: Following => Preparing;
+        /// An operator vouches that the source is dead: go back to the epoch that was committed last, and load its state.
+        recalled: Following => Preparing;
         /// State is loaded.
         prepared: Preparing => Prepared;
-        /// The source took the final epoch back.
+        /// The source took the final epoch back, or the committed one could not be loaded.
         withdrawn: Preparing | Prepared => Following;
         /// The source gave the guest up and said go.
         told: Prepared => Starting;
@@ -154,7 +162,7 @@ macro_rules! display_as_words {
 
 display_as_words! {
     SourcePhase {
-        Joining = "joining", Seeding = "seeding", Following = "following", Final = "final",
+        Joining = "joining", Seeding = "seeding", Following = "following", Cutting = "cutting", Final = "final",
         HandedOver = "handed over", Done = "done", Abandoned = "abandoned",
     }
     ShadowPhase {

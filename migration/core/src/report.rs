@@ -5,6 +5,8 @@ use std::time::Duration;
 use umbra_units::{Bytes, Epoch, PageCount, Term};
 
 use crate::batch::PageCounts;
+use crate::guest::CaptureBy;
+use crate::source::CutReason;
 
 /// Where the pause of one switchover went, as the source saw it. The parts add up to [`pause`](Self::pause).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -72,6 +74,62 @@ pub struct SwitchoverReport {
     pub final_bytes: Bytes,
     /// How the final epoch's pages travelled.
     pub final_counts: PageCounts,
+    /// Whether both sides audited all of memory.
+    pub audited: bool,
+}
+
+/// Where the pause of a cut went: the guest stood still for so long. The parts add up to [`pause`](Self::pause).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CutPause {
+    /// Asking the vCPUs to stop until the last had.
+    pub stop: Duration,
+    /// The last dirty pages: both harvests.
+    pub harvest: Duration,
+    /// vCPU and device state.
+    pub save: Duration,
+    /// Seeing to it that the pages of the cut can be read as they are.
+    pub capture: Duration,
+    /// Letting the vCPUs run.
+    pub resume: Duration,
+}
+
+impl CutPause {
+    /// The whole pause.
+    pub fn pause(&self) -> Duration {
+        self.parts().iter().map(|(_, part)| *part).sum()
+    }
+
+    /// The parts in the order they happen, with their names.
+    pub const fn parts(&self) -> [(&'static str, Duration); 5] {
+        [
+            ("stop", self.stop),
+            ("harvest", self.harvest),
+            ("save", self.save),
+            ("capture", self.capture),
+            ("resume", self.resume),
+        ]
+    }
+}
+
+/// What a cut did, once the shadow committed it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CutReport {
+    /// Which epoch.
+    pub epoch: Epoch,
+    /// Why it was cut.
+    pub reason: CutReason,
+    /// How long the guest stood still.
+    pub pause: CutPause,
+    /// How the pages of the cut were kept.
+    pub by: CaptureBy,
+    /// How many they were.
+    pub pages: PageCount,
+    /// What they became on the link, with the state.
+    pub bytes: Bytes,
+    /// From the request until the guest was asked to stop.
+    pub settle: Duration,
+    /// From the request until the shadow's word.
+    pub total: Duration,
     /// Whether both sides audited all of memory.
     pub audited: bool,
 }

@@ -44,6 +44,22 @@ pub enum Message {
         through: BatchId,
         /// Bytes of batches beyond it that may be on their way.
         room: Bytes,
+        /// Pages that can still change before the committed epoch can be kept no longer.
+        left: PageCount,
+        /// Of so many in all; 0 while no epoch is kept.
+        staging: PageCount,
+    },
+    /// Shadow: I hold this epoch whole and verified, and can go back to it whatever comes after.
+    Committed {
+        /// Which epoch.
+        epoch: Epoch,
+    },
+    /// Shadow: I can go back to this epoch no longer.
+    Uncommitted {
+        /// Which epoch.
+        epoch: Epoch,
+        /// Why, in words for an operator.
+        text: String,
     },
     /// Shadow: how complete I am, and everything that speaks against a switchover now (nothing, if empty).
     Readiness {
@@ -142,6 +158,8 @@ const RUNNING: u8 = 8;
 const DECLINED: u8 = 9;
 const WITHDRAW: u8 = 10;
 const GOODBYE: u8 = 11;
+const COMMITTED: u8 = 12;
+const UNCOMMITTED: u8 = 13;
 
 /// What a source's hello begins with, so that a stranger is told apart from a garbled friend.
 const HELLO_MARK: [u8; 4] = *b"umbr";
@@ -155,8 +173,19 @@ impl Message {
             Self::Welcome { version, room } => {
                 out.u8(WELCOME).u16(*version).u64(room.0);
             }
-            Self::Held { through, room } => {
-                out.u8(HELD).u64(through.0).u64(room.0);
+            Self::Held {
+                through,
+                room,
+                left,
+                staging,
+            } => {
+                out.u8(HELD).u64(through.0).u64(room.0).u64(left.0).u64(staging.0);
+            }
+            Self::Committed { epoch } => {
+                out.u8(COMMITTED).u64(epoch.0);
+            }
+            Self::Uncommitted { epoch, text } => {
+                out.u8(UNCOMMITTED).u64(epoch.0).text(text, limits::TEXT_BYTES);
             }
             Self::Readiness { fresh, reasons } => {
                 out.u8(READINESS).u64(fresh.0).u32(len(reasons.len()));
@@ -212,6 +241,15 @@ impl Message {
             HELD => Self::Held {
                 through: BatchId(r.u64("held batch")?),
                 room: Bytes(r.u64("room")?),
+                left: PageCount(r.u64("staging left")?),
+                staging: PageCount(r.u64("staging")?),
+            },
+            COMMITTED => Self::Committed {
+                epoch: Epoch(r.u64("epoch")?),
+            },
+            UNCOMMITTED => Self::Uncommitted {
+                epoch: Epoch(r.u64("epoch")?),
+                text: text(&mut r)?,
             },
             READINESS => {
                 let fresh = PageCount(r.u64("fresh pages")?);
@@ -371,8 +409,18 @@ mod tests {
                 Message::Held {
                     through: BatchId(5),
                     room: Bytes(6),
+                    left: PageCount(7),
+                    staging: PageCount(8),
                 },
-                "0305000000000000000600000000000000",
+                "030500000000000000060000000000000007000000000000000800000000000000",
+            ),
+            (Message::Committed { epoch: Epoch(1) }, "0c0100000000000000"),
+            (
+                Message::Uncommitted {
+                    epoch: Epoch(1),
+                    text: text(),
+                },
+                "0d0100000000000000020000006e6f",
             ),
             (
                 Message::Readiness {
@@ -481,7 +529,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_make_decoding_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), kind in 0u8..13) {
+        fn no_bytes_make_decoding_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), kind in 0u8..15) {
             let _ = Message::decode(&bytes);
             let _ = Message::decode(&[vec![kind], bytes].concat());
         }

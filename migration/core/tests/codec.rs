@@ -181,6 +181,7 @@ impl Walk {
             pages,
             owed_after: PageCount(0),
             urgent: false,
+            captured: false,
             close: None,
             attempt: None,
         };

@@ -10,13 +10,13 @@ use std::time::Duration;
 use umbra_core::batch::Batch;
 use umbra_core::error::Fault;
 use umbra_core::event::Event;
-use umbra_core::guest::{Guest, GuestError, Harvest, PageBytes, PageReader, Space, StateRecord};
+use umbra_core::guest::{Captured, Guest, GuestError, Harvest, PageBytes, PageReader, Space, StateRecord};
 use umbra_core::heat::Class;
 use umbra_core::phase::{ShadowPhase, SourcePhase};
 use umbra_core::predict::LinkFacts;
-use umbra_core::report::SwitchoverReport;
+use umbra_core::report::{CutReport, SwitchoverReport};
 use umbra_core::shadow::{self, Image, Sequence, Shadow, ShadowConfig};
-use umbra_core::source::{self, Encoder, Source, SourceConfig, SwitchoverOptions};
+use umbra_core::source::{self, CutOptions, CutReason, Encoder, Source, SourceConfig, StepKind, SwitchoverOptions};
 use umbra_core::wire::Message;
 use umbra_units::{
     Bandwidth, Bytes, GuestId, Now, PAGE_SIZE, PageCount, PageId, PageSet, Pfn, SessionId, SpaceId, Term,
@@ -182,6 +182,12 @@ struct Pair {
     encoder: Encoder,
     shadow: Shadow,
     sequence: Sequence<Vec<u8>>,
+    /// What the source captured.
+    captured: Option<Box<dyn Captured>>,
+    /// Cuts that were committed.
+    staging: Bytes,
+    /// Of both sides.
+    events: Vec<Event>,
     image: Option<Image>,
     to_shadow: VecDeque<Vec<u8>>,
     batches: VecDeque<Vec<u8>>,
@@ -191,8 +197,6 @@ struct Pair {
     source_end: Option<source::Outcome>,
     shadow_end: Option<shadow::Outcome>,
     shipped: u64,
-    /// The source's.
-    events: Vec<Event>,
 }
 
 impl Pair {
@@ -227,7 +231,10 @@ impl Pair {
             source,
             encoder: Encoder::new(&spaces, Bytes::mib(1)),
             sequence: Sequence::new(config.window),
+            staging: config.staging_for(&spaces),
             shadow: Shadow::new(config),
+            captured: None,
+            events: Vec::new(),
             image: None,
             to_shadow: VecDeque::new(),
             batches: VecDeque::new(),
@@ -236,7 +243,6 @@ impl Pair {
             source_end: None,
             shadow_end: None,
             shipped: 0,
-            events: Vec::new(),
         }
     }
 
@@ -295,7 +301,16 @@ impl Pair {
                 let differing = self.encoder.audit(&self.here).unwrap();
                 self.source.handle_audited(self.now, &differing);
             }
-            Step::Resume => self.here.resume().unwrap(),
+            Step::Capture(pages, by) => {
+                let captured = self.here.capture(&pages, by).unwrap();
+                self.source.handle_captured(self.now, captured.by());
+                self.captured = Some(captured);
+            }
+            Step::Release => self.captured = None,
+            Step::Resume => {
+                self.here.resume().unwrap();
+                self.source.handle_resumed(self.now);
+            }
             Step::GiveUp => self.here.give_up(),
             Step::Untrack(debt) => self.here.put_back(&debt),
         }
@@ -305,13 +320,19 @@ impl Pair {
         let mut any = false;
         while let Some(plan) = self.source.take_plan(self.now) {
             any = true;
-            let encoded = self.encoder.encode(plan, &self.here, true).unwrap();
+            let encoded = self.encode(plan);
             let size = Bytes::of_len(encoded.bytes.len());
             self.shipped += encoded.counts.total() - encoded.counts.same;
             self.batches.push_back(encoded.bytes);
             self.source.handle_encoded(self.now, encoded.id, size, encoded.counts);
         }
         any
+    }
+
+    fn encode(&mut self, plan: source::Plan) -> source::Encoded {
+        let captured = self.captured.as_deref().map(|captured| captured as &dyn PageReader);
+        let from = captured.filter(|_| plan.captured).unwrap_or(&self.here);
+        self.encoder.encode(plan, from, true).unwrap()
     }
 
     fn deliver(&mut self) -> bool {
@@ -357,7 +378,7 @@ impl Pair {
                 shadow::Output::Send(message) if (self.lose)(&message) => {}
                 shadow::Output::Send(message) => self.to_source.push_back(message),
                 shadow::Output::Do(step) => self.shadow_step(step),
-                shadow::Output::Event(_) => {}
+                shadow::Output::Event(event) => self.events.push(event),
                 shadow::Output::End(outcome) => self.shadow_end = Some(outcome),
             }
         }
@@ -368,12 +389,20 @@ impl Pair {
         use shadow::Step;
         match step {
             Step::Build(_, spaces) => {
-                self.image = Some(Image::new(&spaces));
+                self.image = Some(Image::new(&spaces).with_staging(self.staging));
                 self.shadow.handle_built(Ok(self.there.spaces()));
             }
             Step::Audit(epoch) => {
                 let differing = self.image.as_ref().unwrap().audit(&self.there).unwrap();
                 self.shadow.handle_audited(self.now, epoch, &differing);
+            }
+            Step::Recall => {
+                let recalled = self.image.as_mut().unwrap().recall(&self.there);
+                let recalled = recalled.and_then(|(epoch, records)| {
+                    self.there.restore(&records)?;
+                    Ok(epoch)
+                });
+                self.shadow.handle_recalled(recalled);
             }
             Step::Restore(epoch, records) => {
                 let restored = self.there.restore(&records).map_err(Fault::from);
@@ -768,7 +797,14 @@ fn no_more_is_on_its_way_than_the_shadow_granted_in_the_final_epoch_too() {
 fn a_shadow_that_holds_what_was_never_made_ends_the_session() {
     let mut pair = following(10);
     let (through, room) = (umbra_units::BatchId(1_000), Bytes::mib(1));
-    pair.source.handle_message(pair.now, Message::Held { through, room });
+    let (left, staging) = (PageCount::ZERO, PageCount::ZERO);
+    let held = Message::Held {
+        through,
+        room,
+        left,
+        staging,
+    };
+    pair.source.handle_message(pair.now, held);
     pair.source_steps();
     assert!(matches!(
         &pair.source_end,
@@ -995,4 +1031,343 @@ fn a_shadow_that_was_ended_before_it_heard_go_hands_the_guest_back() {
     pair.settle();
     assert!(pair.here.runs() && !pair.there.runs());
     assert_eq!(pair.source.term(), Term(3));
+}
+
+/// Ask for a cut and let everything come of it that can.
+fn cut(pair: &mut Pair) -> CutReport {
+    pair.source.cut(pair.now, CutOptions::default()).unwrap();
+    pair.run_for(Duration::from_secs(1));
+    pair.source.status().committed.expect("the shadow committed it").report
+}
+
+#[test]
+fn an_epoch_is_cut_while_the_guest_runs_on_and_runs_again_when_its_source_is_dead() {
+    let mut pair = following(200);
+    (0..50).for_each(|page| pair.here.write(page, 1));
+    let report = cut(&mut pair);
+    assert!(pair.here.runs(), "nobody but the shadow took notice");
+    let committed = pair.here.memory();
+    assert_eq!((report.epoch.0, report.reason), (1, CutReason::Asked));
+    assert_eq!(pair.shadow.status().committed.unwrap().0, report.epoch);
+
+    (20..100).for_each(|page| pair.here.write(page, 2));
+    pair.here.inner.lock().unwrap().number = 43;
+    pair.run_for(Duration::from_secs(1));
+    assert_eq!(pair.there.memory(), pair.here.memory(), "following goes on over it");
+
+    pair.shadow.handle_link_lost("the source is dead");
+    assert_eq!(pair.shadow.phase(), ShadowPhase::Following, "it waits for an operator");
+    pair.shadow.vouch().unwrap();
+    pair.shadow_steps();
+    assert!(pair.there.runs());
+    assert_eq!(pair.there.memory(), committed, "exactly what the guest was at the cut");
+    assert_eq!(pair.there.inner.lock().unwrap().number, 42);
+    assert_eq!(pair.shadow_end, Some(shadow::Outcome::Runs(Term(4))));
+}
+
+#[test]
+fn epochs_are_cut_one_after_the_other_and_the_newest_counts() {
+    let mut pair = following(100);
+    for round in 1..=5u8 {
+        (0..u64::from(round) * 10).for_each(|page| pair.here.write(page, round));
+        assert_eq!(cut(&mut pair).epoch.0, u64::from(round));
+        pair.here.write(99, round);
+        pair.run_for(Duration::from_millis(300));
+    }
+    pair.shadow.vouch().unwrap();
+    pair.shadow_steps();
+    let memory = pair.there.memory();
+    assert_eq!((memory[0], memory[49 * PAGE_SIZE], memory[99 * PAGE_SIZE]), (5, 5, 4));
+}
+
+#[test]
+fn a_page_planned_before_the_pause_is_copied_before_it() {
+    // Copied after the guest ran on it would be newer than the cut, and no digest would see it.
+    let mut pair = following(100);
+    (0..50).for_each(|page| pair.here.write(page, 1));
+    let harvest = pair.here.harvest().unwrap();
+    pair.source.handle_harvest(pair.now, &harvest);
+    let plan = pair.source.take_plan(pair.now).unwrap();
+    let options = CutOptions {
+        settle: Duration::ZERO,
+        ..CutOptions::default()
+    };
+    pair.source.cut(pair.now, options).unwrap();
+    pair.source.handle_time(pair.now);
+    pair.source_steps();
+    assert_eq!(
+        pair.source.phase(),
+        SourcePhase::Following,
+        "the guest is not stopped yet"
+    );
+    assert_eq!(pair.source.take_plan(pair.now), None, "and nothing more is planned");
+
+    let encoded = pair.encode(plan);
+    let size = Bytes::of_len(encoded.bytes.len());
+    pair.batches.push_back(encoded.bytes);
+    pair.source.handle_encoded(pair.now, encoded.id, size, encoded.counts);
+    assert_eq!(pair.source.phase(), SourcePhase::Cutting);
+    pair.settle();
+    assert!(pair.here.runs());
+    assert_eq!(pair.source.status().committed.unwrap().epoch.0, 1);
+}
+
+#[test]
+fn what_is_written_after_the_cut_is_not_in_it_and_ships_after_it() {
+    let mut pair = following(100);
+    (0..80).for_each(|page| pair.here.write(page, 1));
+    pair.source.cut(pair.now, CutOptions::default()).unwrap();
+    while pair.captured.is_none() {
+        pair.now = pair.now.max(pair.source.poll_timeout());
+        pair.source.handle_time(pair.now);
+        pair.source_steps();
+        pair.deliver_messages();
+    }
+    // The guest runs, and writes before a single page of the cut was read.
+    assert!(pair.here.runs());
+    (0..100).for_each(|page| pair.here.write(page, 9));
+    let harvest = pair.here.harvest().unwrap();
+    pair.source.handle_harvest(pair.now, &harvest);
+    pair.run_for(Duration::from_secs(1));
+    assert_eq!(pair.there.memory(), pair.here.memory());
+    pair.shadow.vouch().unwrap();
+    pair.shadow_steps();
+    assert_eq!(pair.there.memory()[..80 * PAGE_SIZE], {
+        let mut page = [0; PAGE_SIZE];
+        page[..100].fill(1);
+        page.repeat(80)
+    });
+    assert!(pair.there.memory()[80 * PAGE_SIZE..].iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_cut_that_fails_anywhere_leaves_the_guest_running_and_loses_no_write() {
+    for fails_at in 0..40 {
+        let mut pair = following(300);
+        (0..290).for_each(|page| pair.here.write(page, 1));
+        pair.source.cut(pair.now, CutOptions::default()).unwrap();
+        for turn in 0..40 {
+            if turn == fails_at {
+                let _ = match turn % 3 {
+                    0 => pair.source.cancel_cut(pair.now),
+                    1 => {
+                        pair.source.handle_link_up(pair.now, false);
+                        pair.source.handle_link_up(pair.now, true);
+                        Ok(())
+                    }
+                    _ => {
+                        pair.now = pair.now + CutOptions::default().timeout;
+                        pair.source.handle_time(pair.now);
+                        Ok(())
+                    }
+                };
+                pair.here.write(turn, 2);
+            }
+            // One thing at a time, so that it fails between any two.
+            let step = pair.source.poll_output();
+            match step {
+                Some(source::Output::Do(step)) => pair.source_step(step),
+                Some(source::Output::Send(message)) => pair.to_shadow.push_back(message.encode()),
+                Some(source::Output::Event(event)) => pair.events.push(event),
+                Some(source::Output::End(outcome)) => panic!("{outcome:?}"),
+                None => {
+                    if let Some(plan) = pair.source.take_plan(pair.now) {
+                        let encoded = pair.encode(plan);
+                        let size = Bytes::of_len(encoded.bytes.len());
+                        pair.batches.push_back(encoded.bytes);
+                        pair.source.handle_encoded(pair.now, encoded.id, size, encoded.counts);
+                    } else {
+                        pair.now = pair.now.max(pair.source.poll_timeout());
+                        pair.source.handle_time(pair.now);
+                    }
+                }
+            }
+        }
+        pair.run_for(Duration::from_secs(2));
+        assert!(pair.here.runs() && pair.source_end.is_none(), "failed at {fails_at}");
+        assert_eq!(pair.source.phase(), SourcePhase::Following);
+        assert!(pair.captured.is_none(), "what was captured is let go of");
+        assert_eq!(pair.source.status().debt, PageCount::ZERO);
+        assert_eq!(pair.there.memory(), pair.here.memory(), "failed at {fails_at}");
+        cut(&mut pair);
+        switchover(&mut pair, SwitchoverOptions::default());
+        assert!(pair.there.runs());
+    }
+}
+
+#[test]
+fn a_step_of_a_cut_that_fails_is_only_a_cut_that_failed() {
+    for step in [StepKind::Pause, StepKind::Harvest, StepKind::Save, StepKind::Capture] {
+        let mut pair = following(50);
+        (0..40).for_each(|page| pair.here.write(page, 1));
+        pair.source.cut(pair.now, CutOptions::default()).unwrap();
+        let mut failed = false;
+        for _ in 0..100 {
+            match pair.source.poll_output() {
+                Some(source::Output::Do(asked))
+                    if asked.kind() == step && pair.source.phase() == SourcePhase::Cutting && !failed =>
+                {
+                    failed = true;
+                    let fault = Fault::Host("as the test wants it".to_owned());
+                    pair.source.handle_step_failed(pair.now, step, fault);
+                }
+                Some(source::Output::Do(asked)) => pair.source_step(asked),
+                Some(source::Output::Send(message)) => pair.to_shadow.push_back(message.encode()),
+                Some(source::Output::Event(event)) => pair.events.push(event),
+                Some(source::Output::End(outcome)) => panic!("{step:?}: {outcome:?}"),
+                None => {
+                    pair.ship();
+                    pair.deliver();
+                    pair.now = pair.now.max(pair.source.poll_timeout());
+                    pair.source.handle_time(pair.now);
+                }
+            }
+        }
+        let told = |event: &Event| matches!(event, Event::CutFailed { text } if text.contains("as the test wants it"));
+        assert!(failed && pair.events.iter().any(told), "{step:?}");
+        assert!(pair.here.runs());
+        cut(&mut pair);
+        assert_eq!(pair.there.memory(), pair.here.memory());
+    }
+}
+
+#[test]
+fn a_switchover_after_a_cut_and_a_cut_after_a_switchover_that_was_cancelled() {
+    let mut pair = following(100);
+    (0..50).for_each(|page| pair.here.write(page, 1));
+    cut(&mut pair);
+    pair.here.write(7, 7);
+    pair.there.inner.lock().unwrap().fail_restore = true;
+    switchover(&mut pair, SwitchoverOptions::default());
+    assert!(pair.here.runs(), "the shadow could not load the state");
+    assert_eq!(
+        pair.shadow.status().committed.unwrap().0.0,
+        1,
+        "and still has the epoch from before"
+    );
+    pair.there.inner.lock().unwrap().fail_restore = false;
+    assert_eq!(
+        cut(&mut pair).epoch.0,
+        3,
+        "the final epoch that was taken back was the second"
+    );
+    pair.here.write(8, 8);
+    switchover(&mut pair, SwitchoverOptions::default());
+    assert!(pair.there.runs() && !pair.here.runs());
+    assert_eq!(pair.there.memory(), pair.here.memory());
+}
+
+#[test]
+fn a_final_epoch_taken_back_leaves_the_committed_one_whole() {
+    let mut pair = following(100);
+    (0..50).for_each(|page| pair.here.write(page, 1));
+    cut(&mut pair);
+    let committed = pair.here.memory();
+    (30..70).for_each(|page| pair.here.write(page, 2));
+    pair.there.inner.lock().unwrap().fail_restore = true;
+    switchover(&mut pair, SwitchoverOptions::default());
+    pair.there.inner.lock().unwrap().fail_restore = false;
+    (60..90).for_each(|page| pair.here.write(page, 3));
+    pair.run_for(Duration::from_secs(1));
+    pair.shadow.vouch().unwrap();
+    pair.shadow_steps();
+    assert!(pair.there.runs());
+    assert_eq!(pair.there.memory(), committed);
+}
+
+#[test]
+fn a_shadow_with_little_staging_makes_the_source_cut_by_itself() {
+    let config = ShadowConfig {
+        staging: Some(Bytes(40 * PAGE_SIZE as u64)),
+        ..ShadowConfig::default()
+    };
+    let mut pair = Pair::with(400, config);
+    (0..400).for_each(|page| pair.here.write(page, 1));
+    pair.run_for(Duration::from_secs(1));
+    cut(&mut pair);
+    for round in 2..60u8 {
+        (0..8).for_each(|page| pair.here.write(u64::from(round) * 6 + page, round));
+        pair.run_for(Duration::from_millis(50));
+        assert!(pair.shadow.status().staged.used <= PageCount(40));
+    }
+    pair.run_for(Duration::from_secs(1));
+    let cuts = pair.events.iter().filter(|event| {
+        matches!(
+            event,
+            Event::CutBegan {
+                reason: CutReason::Staging,
+                ..
+            }
+        )
+    });
+    assert!(cuts.count() > 5);
+    assert!(
+        !pair
+            .events
+            .iter()
+            .any(|event| matches!(event, Event::EpochGivenUp { .. }))
+    );
+    assert_eq!(pair.there.memory(), pair.here.memory(), "following goes on");
+}
+
+#[test]
+fn a_committed_epoch_that_finds_no_room_is_given_up_and_following_goes_on() {
+    let config = ShadowConfig {
+        staging: Some(Bytes(10 * PAGE_SIZE as u64)),
+        ..ShadowConfig::default()
+    };
+    let mut pair = Pair::with(400, config);
+    (0..400).for_each(|page| pair.here.write(page, 1));
+    pair.run_for(Duration::from_secs(1));
+    cut(&mut pair);
+    (0..400).for_each(|page| pair.here.write(page, 2));
+    pair.run_for(Duration::from_secs(3));
+    assert!(
+        pair.events
+            .iter()
+            .any(|event| matches!(event, Event::EpochGivenUp { .. }))
+    );
+    assert_eq!(pair.there.memory(), pair.here.memory());
+    let committed = pair
+        .shadow
+        .status()
+        .committed
+        .expect("the cut that followed was committed");
+    assert!(committed.0.0 >= 2);
+    pair.shadow.vouch().unwrap();
+    pair.shadow_steps();
+    assert!(pair.there.runs());
+}
+
+#[test]
+fn a_source_that_ends_its_session_takes_the_committed_epoch_with_it() {
+    let mut pair = following(50);
+    cut(&mut pair);
+    pair.source.end("no more").unwrap();
+    pair.settle();
+    assert!(matches!(pair.shadow_end, Some(shadow::Outcome::Dropped { .. })));
+    assert!(pair.here.runs() && pair.shadow.vouch().is_err());
+}
+
+#[test]
+fn an_audited_cut_compares_both_memories_before_the_guest_runs_on() {
+    let mut pair = following(50);
+    (0..40).for_each(|page| pair.here.write(page, 1));
+    let options = CutOptions {
+        audit: true,
+        ..CutOptions::default()
+    };
+    pair.source.cut(pair.now, options.clone()).unwrap();
+    pair.run_for(Duration::from_secs(1));
+    assert!(pair.source.status().committed.unwrap().report.audited);
+
+    // A write that no log ever saw.
+    pair.here.inner.lock().unwrap().memory[5 * PAGE_SIZE] = 0xee;
+    pair.source.cut(pair.now, options.clone()).unwrap();
+    pair.run_for(Duration::from_secs(1));
+    assert!(pair.here.runs() && pair.events.iter().any(|event| matches!(event, Event::CutFailed { .. })));
+    pair.source.cut(pair.now, options).unwrap();
+    pair.run_for(Duration::from_secs(1));
+    assert_eq!(pair.source.status().committed.unwrap().epoch.0, 2, "it was owed again");
+    assert_eq!(pair.there.memory()[5 * PAGE_SIZE], 0xee);
 }

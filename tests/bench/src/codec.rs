@@ -100,6 +100,7 @@ impl Shipping {
                 pages: some.iter().map(owed).collect(),
                 owed_after: PageCount(0),
                 urgent: false,
+                captured: false,
                 close: None,
                 attempt: None,
             };

@@ -6,10 +6,11 @@
 use core::fmt;
 use core::time::Duration;
 
+use umbra_core::guest::CaptureBy;
 use umbra_core::guest::Space;
 use umbra_core::order::Order;
 use umbra_core::shadow::ShadowConfig;
-use umbra_core::source::{SourceConfig, SwitchoverOptions};
+use umbra_core::source::{CutOptions, SourceConfig, SwitchoverOptions};
 use umbra_units::{Bandwidth, Bytes, Now, PageCount, Pfn, Ratio, Rng, SpaceId};
 
 use crate::carrier::End;
@@ -82,6 +83,7 @@ pub(crate) struct Failures {
     pub(crate) harvest: f64,
     pub(crate) pause: f64,
     pub(crate) save: f64,
+    pub(crate) capture: f64,
     pub(crate) encode: f64,
     pub(crate) build: f64,
     pub(crate) apply: f64,
@@ -102,10 +104,25 @@ pub(crate) enum Moment {
     Withdrew,
     /// The guest runs at the shadow.
     Runs,
+    /// The source decided to stop the guest for a cut.
+    Cutting,
+    /// The pages of a cut were captured.
+    Captured,
+    /// The shadow committed an epoch.
+    Committed,
 }
 
 impl Moment {
-    const ALL: [Self; 5] = [Self::Stopped, Self::Prepared, Self::GaveUp, Self::Withdrew, Self::Runs];
+    const ALL: [Self; 8] = [
+        Self::Stopped,
+        Self::Prepared,
+        Self::GaveUp,
+        Self::Withdrew,
+        Self::Runs,
+        Self::Cutting,
+        Self::Captured,
+        Self::Committed,
+    ];
 }
 
 /// Something that happens so long after the first moment of its kind.
@@ -121,6 +138,8 @@ pub(crate) struct Ambush {
 pub(crate) enum Act {
     Switchover(SwitchoverOptions),
     Cancel,
+    Cut(CutOptions),
+    CancelCut,
     EndSource,
     EndShadow,
     /// The node dies and does not return.
@@ -216,7 +235,10 @@ impl Conditions {
             shadow: ShadowConfig {
                 complete_at: Ratio::new(0.9 * node.unit()).expect("a share"),
                 gather: log_uniform(&mut node, 100, 20_000),
-                window: [Bytes::kib(64), Bytes::mib(1), Bytes::mib(64)][pick(&mut node, 3)],
+                // No smaller than the largest batch: a guest that writes more than that in a round trip is never ready.
+                window: [Bytes::kib(512), Bytes::mib(1), Bytes::mib(64)][pick(&mut node, 3)],
+                staging: [None, Some(0), Some(3), Some(10), Some(40)][pick(&mut node, 5)]
+                    .map(|pages| Bytes(pages * umbra_units::PAGE_SIZE as u64)),
             },
             cache: [Bytes::ZERO, Bytes::kib(16), Bytes::mib(64)][pick(&mut node, 3)],
             compress: node.chance(0.5),
@@ -265,6 +287,15 @@ fn draw_acts(rng: &mut Rng, heals: Now, paths: usize, audits: bool) -> Vec<(Now,
             at(rng, Act::Cancel);
         }
     }
+    if rng.chance(0.6) {
+        for _ in 0..rng.below(8) {
+            let options = draw_cut(rng, audits);
+            at(rng, Act::Cut(options));
+        }
+        if rng.chance(0.2) {
+            at(rng, Act::CancelCut);
+        }
+    }
     if rng.chance(0.08) {
         at(rng, Act::EndSource);
     }
@@ -302,8 +333,9 @@ fn draw_ambushes(rng: &mut Rng, paths: usize) -> Vec<Ambush> {
     }
     let ambushes = (0..=rng.below(2)).map(|_| {
         let long = log_uniform(rng, 1_000, 1_000_000);
-        let act = match rng.below(9) {
-            0 => Act::KillEnd(End::Source),
+        let act = match rng.below(11) {
+            0 | 9 => Act::KillEnd(End::Source),
+            10 => Act::CancelCut,
             1 => Act::KillEnd(End::Shadow),
             2 => Act::RestartShadow,
             3 | 4 => Act::Outage(long),
@@ -313,7 +345,7 @@ fn draw_ambushes(rng: &mut Rng, paths: usize) -> Vec<Ambush> {
             _ => Act::EndSource,
         };
         Ambush {
-            moment: Moment::ALL[pick(rng, 5)],
+            moment: Moment::ALL[pick(rng, 8)],
             after: if rng.chance(0.5) {
                 Duration::ZERO
             } else {
@@ -331,6 +363,20 @@ fn draw_switchover(rng: &mut Rng, audit: bool) -> SwitchoverOptions {
         timeout: log_uniform(rng, 50_000, 10_000_000),
         pause_limit: log_uniform(rng, 3_000, 5_000_000),
         audit,
+    }
+}
+
+fn draw_cut(rng: &mut Rng, audit: bool) -> CutOptions {
+    CutOptions {
+        settle: if rng.chance(0.3) {
+            Duration::ZERO
+        } else {
+            log_uniform(rng, 1_000, 500_000)
+        },
+        timeout: log_uniform(rng, 50_000, 10_000_000),
+        urgent: rng.chance(0.5),
+        capture: [None, Some(CaptureBy::Copy), Some(CaptureBy::Protect)][pick(rng, 3)],
+        audit: audit && rng.chance(0.5),
     }
 }
 
@@ -386,7 +432,8 @@ impl Failures {
         let seldom = 0.002;
         let often = [0.2, 1.0][pick(rng, 2)];
         for _ in 0..=rng.below(2) {
-            match rng.below(9) {
+            match rng.below(10) {
+                9 => failures.capture = often,
                 0 => failures.track = 0.1,
                 1 => failures.harvest = seldom,
                 2 => failures.pause = often,

@@ -8,11 +8,11 @@ use bytes::Bytes;
 use umbra_core::batch::Batch;
 use umbra_core::error::Fault;
 use umbra_core::event::Event;
-use umbra_core::guest::{Guest, Harvest, Space, StateRecord};
+use umbra_core::guest::{Captured, Guest, Harvest, PageReader, Space, StateRecord};
 use umbra_core::phase::{ShadowPhase, SourcePhase};
 use umbra_core::predict::LinkFacts;
 use umbra_core::shadow::{self, Applied, Image, Sequence, Shadow};
-use umbra_core::source::{self, Encoder, Plan, Source};
+use umbra_core::source::{self, Encoder, Plan, Source, StepKind};
 use umbra_core::wire::Message;
 use umbra_paths::Class;
 use umbra_units::{Epoch, Now, PageId, Ratio, Rng, Term};
@@ -73,6 +73,7 @@ pub(crate) struct SourceEnd {
     guest_hand: Hand<SourceWork, SourceAnswer>,
     encode_hand: Hand<SourceWork, SourceAnswer>,
     encoding: usize,
+    captured: Option<Arc<dyn Captured>>,
     outbox: VecDeque<Bytes>,
     blocks: VecDeque<(Class, Bytes)>,
     pub(crate) ended: Option<source::Outcome>,
@@ -80,28 +81,30 @@ pub(crate) struct SourceEnd {
     seeded: Ratio,
     facts: LinkFacts,
     /// Since when the guest is to be stopped, and how long that may last.
-    final_since: Option<Now>,
+    stopped_since: Option<Now>,
     pause_limit: Duration,
+    cut_limit: Duration,
     /// Pages that became debt by harvests and audits.
     became_debt: u64,
     pub(crate) lost: bool,
 }
 
-#[derive(Debug)]
 enum SourceWork {
     Step(source::Step, Epoch),
-    Encode(Plan),
+    Encode(Plan, Option<Arc<dyn Captured>>),
 }
 
-#[derive(Debug)]
 enum SourceAnswer {
     Tracked(Harvest),
     Harvested(Harvest),
     Paused,
     Saved(Vec<StateRecord>),
+    Captured(Arc<dyn Captured>),
     Audited(Vec<PageId>),
+    Resumed,
     Nothing,
     Encoded(source::Encoded, Class),
+    StepFailed(StepKind, Fault),
     Failed(Fault),
 }
 
@@ -116,14 +119,16 @@ impl SourceEnd {
             guest_hand: Hand::new(),
             encode_hand: Hand::new(),
             encoding: 0,
+            captured: None,
             outbox: VecDeque::new(),
             blocks: VecDeque::new(),
             ended: None,
             gave_up: None,
             seeded: Ratio::NONE,
             facts: LinkFacts::default(),
-            final_since: None,
+            stopped_since: None,
             pause_limit: Duration::MAX,
+            cut_limit: Duration::MAX,
             became_debt: 0,
             lost: false,
         }
@@ -152,6 +157,15 @@ impl SourceEnd {
         let asked = self.source.switchover(now, options).is_ok();
         if asked {
             self.pause_limit = limit;
+        }
+        asked
+    }
+
+    pub(crate) fn cut(&mut self, now: Now, options: source::CutOptions) -> bool {
+        let limit = options.timeout;
+        let asked = self.source.cut(now, options).is_ok();
+        if asked {
+            self.cut_limit = limit;
         }
         asked
     }
@@ -199,23 +213,28 @@ impl SourceEnd {
             };
             busy = true;
             self.encoding += 1;
-            let work = SourceWork::Encode(plan);
+            let captured = self.captured.clone().filter(|_| plan.captured);
+            let work = SourceWork::Encode(plan, captured);
             if a.conditions.two_workers {
                 self.encode_hand.give(work);
             } else {
                 self.guest_hand.give(work);
             }
         }
-        if self.source.phase() == SourcePhase::Final {
-            let since = *self.final_since.get_or_insert(a.now);
-            if a.now.since(since) > self.pause_limit {
-                a.oracle.broken(
-                    "the guest comes first",
-                    "it stands still for longer than the pause limit",
-                );
+        let limit = match self.source.phase() {
+            SourcePhase::Final => Some(self.pause_limit),
+            // Its last step is asked for within the limit, and takes its time.
+            SourcePhase::Cutting => Some(self.cut_limit + a.conditions.speeds[self.host as usize].typical * 40),
+            _ => None,
+        };
+        if let Some(limit) = limit {
+            let since = *self.stopped_since.get_or_insert(a.now);
+            if a.now.since(since) > limit {
+                a.oracle
+                    .broken("the guest comes first", "it stands still for longer than its limit");
             }
         } else {
-            self.final_since = None;
+            self.stopped_since = None;
         }
         busy
     }
@@ -227,6 +246,7 @@ impl SourceEnd {
                 self.outbox.push_back(message.encode().into());
             }
             source::Output::Do(source::Step::GiveUp) => self.guest.give_up(),
+            source::Output::Do(source::Step::Release) => self.captured = None,
             source::Output::Do(step) => {
                 let to_encoder = a.conditions.two_workers && step == source::Step::Audit;
                 let work = SourceWork::Step(step, self.source.epoch());
@@ -254,6 +274,7 @@ impl SourceEnd {
                     moments.push(Moment::Withdrew);
                     tally.withdrew += 1;
                 }
+                (_, SourcePhase::Cutting) => moments.push(Moment::Cutting),
                 (_, SourcePhase::HandedOver) => {
                     moments.push(Moment::GaveUp);
                     tally.gave_up += 1;
@@ -273,6 +294,15 @@ impl SourceEnd {
                 self.became_debt += *count as u64;
             }
             Event::LinkDown => tally.links_down += 1,
+            Event::CutBegan { reason, .. } => {
+                tally.cuts += 1;
+                if *reason == source::CutReason::Staging {
+                    tally.cuts_for_staging += 1;
+                    self.cut_limit = source::CutOptions::default().timeout;
+                }
+            }
+            Event::CutFailed { .. } => tally.cuts_failed += 1,
+            Event::Cut(_) => tally.cuts_committed += 1,
             _ => {}
         }
     }
@@ -360,22 +390,30 @@ impl SourceEnd {
             SourceWork::Step(source::Step::Harvest, _) => failures.harvest,
             SourceWork::Step(source::Step::Pause, _) => failures.pause,
             SourceWork::Step(source::Step::Save, _) => failures.save,
-            SourceWork::Step(source::Step::Audit, _) | SourceWork::Encode(_) => failures.encode,
+            SourceWork::Step(source::Step::Capture(..), _) => failures.capture,
+            SourceWork::Step(source::Step::Audit, _) | SourceWork::Encode(..) => failures.encode,
             SourceWork::Step(..) => 0.0,
         };
         if a.fails(chance) {
             self.guest.fail_next();
         }
+        let kind = match &work {
+            SourceWork::Step(step, _) => Some(step.kind()),
+            SourceWork::Encode(..) => None,
+        };
         let done = self.try_work(a, work);
         self.guest.fail_no_more();
-        done.unwrap_or_else(SourceAnswer::Failed)
+        done.unwrap_or_else(|fault| match kind {
+            Some(kind) => SourceAnswer::StepFailed(kind, fault),
+            None => SourceAnswer::Failed(fault),
+        })
     }
 
     fn try_work(&mut self, a: &mut Around<'_>, work: SourceWork) -> Result<SourceAnswer, Fault> {
         let guest = Arc::clone(&self.guest);
         let (step, epoch) = match work {
             SourceWork::Step(step, epoch) => (step, epoch),
-            SourceWork::Encode(plan) => {
+            SourceWork::Encode(plan, captured) => {
                 let class = if plan.urgent { Class::Urgent } else { Class::Bulk };
                 a.say(End::Source, "encodes", || {
                     let closes = if plan.close.is_some() { ", closes" } else { "" };
@@ -386,7 +424,11 @@ impl SourceEnd {
                         plan.epoch
                     )
                 });
-                let encoded = self.encoder.encode(plan, &*guest, a.conditions.compress)?;
+                let from: &dyn PageReader = match &captured {
+                    Some(captured) => &**captured,
+                    None => &*guest,
+                };
+                let encoded = self.encoder.encode(plan, from, a.conditions.compress)?;
                 return Ok(SourceAnswer::Encoded(encoded, class));
             }
         };
@@ -411,14 +453,19 @@ impl SourceEnd {
             source::Step::Resume => {
                 guest.resume()?;
                 a.say(End::Source, "resumed", String::new);
-                SourceAnswer::Nothing
+                SourceAnswer::Resumed
+            }
+            source::Step::Capture(pages, by) => {
+                let captured = guest.capture(&pages, by)?;
+                a.say(End::Source, "captured", || format!("{} pages", pages.count()));
+                SourceAnswer::Captured(captured.into())
             }
             source::Step::Untrack(debt) => {
                 guest.put_back(&debt);
                 guest.track(false)?;
                 SourceAnswer::Nothing
             }
-            source::Step::GiveUp => unreachable!("done at once, by whoever drives the source"),
+            source::Step::Release | source::Step::GiveUp => unreachable!("done at once, by whoever drives the source"),
         })
     }
 
@@ -440,11 +487,22 @@ impl SourceEnd {
             }
             SourceAnswer::Paused => self.source.handle_paused(a.now),
             SourceAnswer::Saved(records) => self.source.handle_saved(a.now, records),
+            SourceAnswer::Captured(captured) => {
+                a.oracle.moments.push(Moment::Captured);
+                let by = captured.by();
+                self.captured = Some(captured);
+                self.source.handle_captured(a.now, by);
+            }
             SourceAnswer::Audited(differing) => self.source.handle_audited(a.now, &differing),
+            SourceAnswer::Resumed => self.source.handle_resumed(a.now),
             SourceAnswer::Nothing => {}
             SourceAnswer::Encoded(encoded, _) => {
                 let size = umbra_units::Bytes::of_len(encoded.bytes.len());
                 self.source.handle_encoded(a.now, encoded.id, size, encoded.counts);
+            }
+            SourceAnswer::StepFailed(step, fault) => {
+                a.say(End::Source, "failed", || format!("{step:?}: {fault}"));
+                self.source.handle_step_failed(a.now, step, fault);
             }
             SourceAnswer::Failed(fault) => {
                 a.say(End::Source, "failed", || fault.to_string());
@@ -467,7 +525,7 @@ impl SourceEnd {
                 Err(malformed) => a.oracle.broken("wire", malformed.to_string()),
             },
             Arrival::Block(_) => a.oracle.broken("wire", "a block arrived at the source"),
-            Arrival::Up(up) => self.source.handle_link_up(up),
+            Arrival::Up(up) => self.source.handle_link_up(a.now, up),
             Arrival::Lost => {
                 a.say(End::Source, "lost", String::new);
                 *a.excused = true;
@@ -511,7 +569,7 @@ impl SourceEnd {
         let rests = self.guest_hand.load() == 0;
         let gave_up = matches!(
             self.source.phase(),
-            SourcePhase::Final | SourcePhase::HandedOver | SourcePhase::Done
+            SourcePhase::Cutting | SourcePhase::Final | SourcePhase::HandedOver | SourcePhase::Done
         );
         if rests && !gave_up && !self.guest.is_running() {
             oracle.broken(
@@ -580,6 +638,7 @@ enum ShadowAnswer {
     Applied(Now, Box<Applied>),
     Audited(Epoch, Vec<PageId>),
     Restored(Epoch, Result<(), Fault>),
+    Recalled(Result<Epoch, Fault>),
     Resumed(Result<Duration, Fault>),
     Failed(Fault),
 }
@@ -730,7 +789,7 @@ impl ShadowEnd {
         let failures = &a.conditions.failures;
         let (build, chance) = match &work {
             ShadowWork::Step(shadow::Step::Build(..)) => (failures.build, 0.0),
-            ShadowWork::Step(shadow::Step::Restore(..)) => (0.0, failures.restore),
+            ShadowWork::Step(shadow::Step::Restore(..) | shadow::Step::Recall) => (0.0, failures.restore),
             ShadowWork::Step(shadow::Step::Resume(_)) => (0.0, failures.start),
             ShadowWork::Step(shadow::Step::Audit(_)) => (0.0, 0.0),
             ShadowWork::Apply(..) => (0.0, failures.apply),
@@ -742,7 +801,8 @@ impl ShadowEnd {
             let layout = Arc::new(crate::guest::Layout::new(spaces.clone()));
             let twin = Arc::new(FakeGuest::new(layout, a.conditions.manners.clone(), a.rng.fork()));
             a.oracle.copies.push((self.host, Arc::clone(&twin)));
-            (self.image, self.twin) = (Some(Image::new(&spaces)), Some(twin));
+            let staging = a.conditions.shadow.staging_for(&spaces);
+            (self.image, self.twin) = (Some(Image::new(&spaces).with_staging(staging)), Some(twin));
             return ShadowAnswer::Built(Ok(spaces));
         }
         let Some(twin) = self.twin.clone() else {
@@ -766,6 +826,18 @@ impl ShadowEnd {
                 match applied {
                     Ok(applied) => {
                         a.oracle.tally.batches += 1;
+                        if applied.staged.used > applied.staged.most {
+                            a.oracle.broken("bounds", format!("{:?}", applied.staged));
+                        }
+                        if let Some(epoch) = applied.committed {
+                            a.oracle.moments.push(Moment::Committed);
+                            // Where the log forgets writes only an audit would have known.
+                            if a.conditions.manners.forget == 0.0 {
+                                a.oracle.check_commit(twin, epoch);
+                            }
+                            a.oracle.cuts.retain(|cut, _| *cut >= epoch);
+                        }
+                        a.oracle.tally.epochs_given_up += u64::from(applied.given_up.is_some());
                         a.say(End::Shadow, "applied", || {
                             let closes = if applied.close.is_some() { ", closes" } else { "" };
                             format!("batch {}, epoch {}{closes}", applied.id, applied.epoch)
@@ -786,6 +858,17 @@ impl ShadowEnd {
                 }
                 a.say(End::Shadow, "restored", || format!("epoch {epoch}: {restored:?}"));
                 ShadowAnswer::Restored(epoch, restored)
+            }
+            ShadowWork::Step(shadow::Step::Recall) => {
+                let recalled = image.recall(&**twin).and_then(|(epoch, records)| {
+                    twin.restore(&records)?;
+                    Ok(epoch)
+                });
+                if let Ok(epoch) = &recalled {
+                    self.restored = Some(*epoch);
+                }
+                a.say(End::Shadow, "recalled", || format!("{recalled:?}"));
+                ShadowAnswer::Recalled(recalled)
             }
             ShadowWork::Step(shadow::Step::Resume(epoch)) => {
                 let resumed = image.seal(epoch).and_then(|()| Ok(twin.resume()?));
@@ -814,6 +897,10 @@ impl ShadowEnd {
             ShadowAnswer::Applied(arrived, applied) => self.shadow.handle_applied(a.now, arrived, *applied),
             ShadowAnswer::Audited(epoch, differing) => self.shadow.handle_audited(a.now, epoch, &differing),
             ShadowAnswer::Restored(epoch, restored) => self.shadow.handle_restored(a.now, epoch, restored),
+            ShadowAnswer::Recalled(recalled) => {
+                a.oracle.tally.recalled += u64::from(recalled.is_ok());
+                self.shadow.handle_recalled(recalled);
+            }
             ShadowAnswer::Resumed(resumed) => self.shadow.handle_resumed(resumed),
             ShadowAnswer::Failed(fault) => self.shadow.handle_failed(fault),
         }
@@ -829,6 +916,9 @@ impl ShadowEnd {
                 Err(malformed) => a.oracle.broken("wire", malformed.to_string()),
             },
             Arrival::Block(bytes) => {
+                if !self.shadow.takes_batches() {
+                    return;
+                }
                 let arrived = Arrived { at: a.now, bytes };
                 if let Err(fault) = self.sequence.arrived(arrived) {
                     return self.shadow.handle_failed(fault);
@@ -837,6 +927,10 @@ impl ShadowEnd {
                 while let Some(batch) = self.sequence.take() {
                     self.applying += 1;
                     self.hand.give(ShadowWork::Apply(batch));
+                }
+                let most = a.conditions.shadow.window.0 + umbra_core::limits::BATCH_BYTES as u64;
+                if self.sequence.bytes().0 > most {
+                    a.oracle.broken("bounds", "more waits to be applied than was granted");
                 }
                 a.oracle.tally.overtaken += u64::from(self.applying == before);
             }
@@ -850,8 +944,15 @@ impl ShadowEnd {
         }
     }
 
-    pub(crate) fn is_prepared(&self) -> bool {
-        self.ended.is_none() && self.shadow.phase() == ShadowPhase::Prepared
+    /// Whether an operator may let it run.
+    pub(crate) fn could_run(&self) -> bool {
+        let committed = self.shadow.phase() == ShadowPhase::Following && self.shadow.status().committed.is_some();
+        self.ended.is_none() && (self.shadow.phase() == ShadowPhase::Prepared || committed)
+    }
+
+    /// Whether it is on its way to run on an operator's word.
+    pub(crate) fn is_recalling(&self) -> bool {
+        self.ended.is_none() && !self.shadow.takes_batches() && self.shadow.phase() != ShadowPhase::Following
     }
 }
 

@@ -228,6 +228,20 @@ impl FakeGuest {
 
     /// The first page that is not as in `snapshot`, byte for byte, and whether the counter is.
     pub(crate) fn differs_from(&self, snapshot: &Snapshot) -> Option<String> {
+        if let Some(page) = self.memory_differs_from(snapshot) {
+            return Some(page);
+        }
+        let inner = self.lock();
+        (inner.ticks != snapshot.ticks).then(|| {
+            format!(
+                "its state is from tick {}, the cut was at tick {}",
+                inner.ticks, snapshot.ticks
+            )
+        })
+    }
+
+    /// The first page that is not as in `snapshot`, byte for byte.
+    pub(crate) fn memory_differs_from(&self, snapshot: &Snapshot) -> Option<String> {
         let inner = self.lock();
         let pages = inner.pages.iter().zip(&snapshot.pages).zip(&self.layout.pages);
         for ((page, cut), id) in pages {
@@ -235,12 +249,7 @@ impl FakeGuest {
                 return Some(format!("{id} is not as it was at the cut"));
             }
         }
-        (inner.ticks != snapshot.ticks).then(|| {
-            format!(
-                "its state is from tick {}, the cut was at tick {}",
-                inner.ticks, snapshot.ticks
-            )
-        })
+        None
     }
 
     /// Pages of this guest that differ from `other`'s, although they are in no log and not in `known`.

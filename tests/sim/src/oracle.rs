@@ -89,6 +89,17 @@ impl Oracle {
         }
     }
 
+    /// A shadow commits an epoch: its memory must be exactly what the source's was at the cut (rule 3).
+    pub(crate) fn check_commit(&mut self, twin: &FakeGuest, epoch: Epoch) {
+        let difference = match self.cuts.get(&epoch) {
+            Some(cut) => twin.memory_differs_from(cut),
+            None => Some("it was never cut".to_owned()),
+        };
+        if let Some(difference) = difference {
+            self.broken("no mixture", format!("epoch {epoch} is committed and {difference}"));
+        }
+    }
+
     /// The shadow lets its twin run, which takes hold of the disks.
     pub(crate) fn check_disks(&mut self, twin: &FakeGuest) {
         let held = |(_, copy): &(Host, Arc<FakeGuest>)| !std::ptr::eq(&raw const **copy, twin) && copy.holds_disks();

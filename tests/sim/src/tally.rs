@@ -49,6 +49,18 @@ tally! {
     reclaimed: "reclaimed",
     /// Shadows started on an operator's word.
     vouched: "vouched for",
+    /// Cuts begun.
+    cuts: "cuts begun",
+    /// Of those, because the shadow's staging was nearly full.
+    cuts_for_staging: "cuts begun for staging",
+    /// Cuts that failed.
+    cuts_failed: "cuts failed",
+    /// Cuts that the source heard were committed.
+    cuts_committed: "epochs committed",
+    /// Committed epochs that a shadow could not keep.
+    epochs_given_up: "committed epochs given up",
+    /// Shadows that went back to their committed epoch.
+    recalled: "committed epochs gone back to",
     /// Audits that found a page.
     audits_failed: "audits that found a page",
     /// Sessions that ended with the guest staying.

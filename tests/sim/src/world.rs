@@ -438,6 +438,12 @@ impl World {
                 let cancelled = self.with_source(|source| source.source.cancel_switchover());
                 self.oracle.tally.cancelled += u64::from(cancelled.is_some_and(|done| done.is_ok()));
             }
+            Undo::Act(Act::Cut(options)) => {
+                self.with_source(|source| source.cut(now, options));
+            }
+            Undo::Act(Act::CancelCut) => {
+                self.with_source(|source| source.source.cancel_cut(now));
+            }
             Undo::Act(Act::EndSource) => {
                 self.excuse();
                 self.with_source(|source| source.source.end("the operator wants it so"));
@@ -548,7 +554,10 @@ impl World {
         if source_over && !shadow_over {
             // Where audits matter nobody vouches for an epoch that was not audited.
             let trusted = self.conditions.manners.forget == 0.0;
-            if source_gone && trusted && session.shadow.as_ref().is_some_and(ShadowEnd::is_prepared) {
+            if session.shadow.as_ref().is_some_and(ShadowEnd::is_recalling) {
+                return; // an operator has decided
+            }
+            if source_gone && trusted && session.shadow.as_ref().is_some_and(ShadowEnd::could_run) {
                 self.oracle.tally.vouched += 1;
                 self.with_shadow(|shadow| shadow.shadow.vouch());
             } else if source_gone || excusable {

@@ -32,6 +32,11 @@ fn in_hundreds_of_drawn_worlds_no_rule_breaks_and_everything_ends_well() {
         ("audits failed", tally.audits_failed),
         ("links down", tally.links_down),
         ("overtaken", tally.overtaken),
+        ("cuts committed", tally.cuts_committed),
+        ("cuts failed", tally.cuts_failed),
+        ("cuts for staging", tally.cuts_for_staging),
+        ("epochs given up", tally.epochs_given_up),
+        ("gone back to a committed epoch", tally.recalled),
         ("settled", tally.settled),
         ("over real links", tally.over_links),
     ] {

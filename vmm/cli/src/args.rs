@@ -11,6 +11,7 @@ use umbra_machine::{Backing, DirtyLog, HugePages, RingEntries};
 use umbra_quic::{ListenSpec, PathSpec};
 use umbra_units::Bytes;
 
+use crate::api::types::Capture;
 use crate::devices::DeviceArgs;
 use crate::limits;
 use crate::units::{self, BadValue, Fields};
@@ -61,9 +62,11 @@ pub(crate) enum Command {
     Unprotect(TargetArgs),
     /// Move the guest to its shadow
     Migrate(MigrateArgs),
+    /// Have the shadow commit the guest as it is at one instant, while it runs on
+    Cut(CutArgs),
     /// Keep the guest as it is at one instant in a folder, while it runs
     Snapshot(SnapshotArgs),
-    /// Take back a switchover that has not reached its commit point, or a snapshot that is not done
+    /// Take back a switchover that has not reached its commit point, or a cut or snapshot that is not done
     Cancel(TargetArgs),
     /// Say where everything stands
     Status(StatusArgs),
@@ -218,6 +221,10 @@ pub(crate) struct ShadowArgs {
     /// Build no guest with more memory than this
     #[arg(long, value_name = "SIZE", value_parser = |text: &str| units::size("memory-limit", text))]
     pub(crate) memory_limit: Option<Bytes>,
+    /// Memory that may be taken to keep a committed epoch apart from what comes after it; a quarter of the guest's, and at
+    /// least 64M, if not given. When it is half full the source cuts another epoch by itself
+    #[arg(long, value_name = "SIZE", value_parser = |text: &str| units::size("staging", text))]
+    pub(crate) staging: Option<Bytes>,
     /// End with exit code 1 when the first session ends without the guest running here
     #[arg(long)]
     pub(crate) once: bool,
@@ -431,6 +438,35 @@ pub(crate) struct MigrateArgs {
     #[arg(long, value_enum, default_value_t = Verify::Digest)]
     pub(crate) verify: Verify,
     /// Print the report as JSON, and no progress
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `umbra cut`.
+#[derive(Debug, Args)]
+pub(crate) struct CutArgs {
+    #[command(flatten)]
+    pub(crate) target: TargetArgs,
+    /// How long pages that have settled may be shipped before the guest is stopped for an instant
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = |text: &str| units::span("settle", text))]
+    pub(crate) settle: Duration,
+    /// Give up when the last page could not be handed to the link within this time
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = |text: &str| units::span("timeout", text))]
+    pub(crate) timeout: Duration,
+    /// Send with parity, so that a lost packet costs no round trip
+    #[arg(long)]
+    pub(crate) urgent: bool,
+    /// How the pages of the cut are kept while the guest runs on; as seems quickest, if not given
+    #[arg(long, value_enum)]
+    pub(crate) capture: Option<Capture>,
+    /// What is compared before the guest runs on: the digest of everything sent, or every page of both memories as well
+    /// (about 0.2 ms of pause per MiB)
+    #[arg(long, value_enum, default_value_t = Verify::Digest)]
+    pub(crate) verify: Verify,
+    /// Wait until the shadow has committed it, and print where the pause went
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// Print the report as JSON; waits for it
     #[arg(long)]
     pub(crate) json: bool,
 }

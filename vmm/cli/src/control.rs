@@ -6,10 +6,10 @@ use serde_json::Value;
 
 use crate::api::client::{Client, EventStream};
 use crate::api::types::{
-    Accepted, Counters, Event, Job, JobState, MigrateRequest, ProtectRequest, ResizeRequest, ResumeRequest, Role,
-    SnapshotKind, SnapshotRequest, Status, SwitchoverReport, ms,
+    Accepted, Counters, CutRequest, Event, Job, JobState, MigrateRequest, ProtectRequest, ResizeRequest, ResumeRequest,
+    Role, SnapshotKind, SnapshotRequest, Status, SwitchoverReport, ms,
 };
-use crate::args::{MigrateArgs, ProtectArgs, ResizeArgs, ResumeArgs, SnapshotArgs, StatusArgs, TargetArgs};
+use crate::args::{CutArgs, MigrateArgs, ProtectArgs, ResizeArgs, ResumeArgs, SnapshotArgs, StatusArgs, TargetArgs};
 use crate::exit::{Code, Failure};
 use crate::limits;
 use crate::process;
@@ -208,6 +208,54 @@ pub(crate) fn migrate(args: &MigrateArgs) -> Result<Code, Failure> {
     Ok(Code::Success)
 }
 
+/// `umbra cut`.
+pub(crate) fn cut(args: &CutArgs) -> Result<Code, Failure> {
+    let request = CutRequest {
+        settle_ms: Some(ms(args.settle)),
+        timeout_ms: Some(ms(args.timeout)),
+        urgent: args.urgent,
+        capture: args.capture,
+        verify: Some(args.verify),
+    };
+    let client = Client::new(&args.target.api_socket);
+    let runtime = process::small_runtime()?;
+    if !args.wait && !args.json {
+        let Accepted { job } = runtime.block_on(client.put_for("cut", &request))?;
+        say::line(format!("job {job}: `events` and `status` say what becomes of it"));
+        return Ok(Code::Success);
+    }
+    let job = runtime.block_on(job_done(&client, "cut", &request))?;
+    let (JobState::Done, Some(report)) = (job.state, job.cut) else {
+        return Err(Failure::failed(
+            job.error.unwrap_or_else(|| "no reason given".to_owned()),
+        ));
+    };
+    if args.json {
+        say::line(serde_json::to_string(&report).expect("a report is plain data"));
+    } else {
+        say::line(status::cut(&report));
+    }
+    Ok(Code::Success)
+}
+
+/// Ask for a long job, and wait until it is over.
+async fn job_done(client: &Client, name: &str, request: &impl serde::Serialize) -> Result<Job, Failure> {
+    let mut events = client.events().await?;
+    let Accepted { job } = client.put_for(name, request).await?;
+    loop {
+        let event = events.next().await?;
+        let event =
+            event.ok_or_else(|| Failure::failed(format!("the guest's process ended before the {name} was done")))?;
+        if event.event == "job-finished" {
+            let on = Failure::on("the event job-finished");
+            let finished: Job = serde_json::from_value(event.properties).map_err(on)?;
+            if finished.id == job {
+                return Ok(finished);
+            }
+        }
+    }
+}
+
 /// `umbra snapshot`.
 pub(crate) fn snapshot(args: &SnapshotArgs) -> Result<Code, Failure> {
     let request = SnapshotRequest {
@@ -222,22 +270,7 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> Result<Code, Failure> {
         verify: Some(args.verify),
     };
     let client = Client::new(&args.target.api_socket);
-    let job = process::small_runtime()?.block_on(async {
-        let mut events = client.events().await?;
-        let Accepted { job } = client.put_for("snapshot", &request).await?;
-        loop {
-            let event = events.next().await?;
-            let event =
-                event.ok_or_else(|| Failure::failed("the guest's process ended before the snapshot was done"))?;
-            if event.event == "job-finished" {
-                let on = Failure::on("the event job-finished");
-                let finished: Job = serde_json::from_value(event.properties).map_err(on)?;
-                if finished.id == job {
-                    return Ok::<Job, Failure>(finished);
-                }
-            }
-        }
-    })?;
+    let job = process::small_runtime()?.block_on(job_done(&client, "snapshot", &request))?;
     let (JobState::Done, Some(report)) = (job.state, job.snapshot) else {
         return Err(Failure::failed(
             job.error.unwrap_or_else(|| "no reason given".to_owned()),

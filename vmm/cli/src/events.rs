@@ -12,7 +12,7 @@ use tokio::sync::broadcast;
 use umbra_core::event::Event as CoreEvent;
 use umbra_core::phase::{ShadowPhase, SourcePhase};
 
-use crate::api::types::{Event, Timestamp, ms};
+use crate::api::types::{CutReport, Event, Timestamp, ms};
 use crate::args::Monitor;
 use crate::confine::{self, Class};
 use crate::exit::Failure;
@@ -201,6 +201,14 @@ fn of_core(event: &CoreEvent) -> (&'static str, Value) {
             let pages: Vec<String> = pages.iter().map(ToString::to_string).collect();
             ("audit-failed", json!({ "count": count, "pages": pages }))
         }
+        CoreEvent::CutBegan { epoch, reason } => {
+            ("cut-began", json!({ "epoch": epoch.0, "reason": reason.to_string() }))
+        }
+        CoreEvent::CutFailed { text } => ("cut-failed", json!({ "error": text })),
+        CoreEvent::Cut(report) => ("cut", json!(CutReport::from(**report))),
+        CoreEvent::Committed { epoch } => ("committed", json!({ "epoch": epoch.0 })),
+        CoreEvent::EpochGivenUp { epoch, text } => ("epoch-given-up", json!({ "epoch": epoch.0, "reason": text })),
+        CoreEvent::RecallFailed { text } => ("recall-failed", json!({ "error": text })),
         CoreEvent::ReadinessChanged { reasons } => {
             ("readiness", json!({ "ready": reasons.is_empty(), "reasons": reasons }))
         }

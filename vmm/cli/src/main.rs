@@ -98,6 +98,7 @@ fn dispatch(command: &Command) -> Result<Code, Failure> {
         Command::Protect(args) => control::protect(args),
         Command::Unprotect(args) => control::simple(args, "unprotect"),
         Command::Migrate(args) => control::migrate(args),
+        Command::Cut(args) => control::cut(args),
         Command::Snapshot(args) => control::snapshot(args),
         Command::Cancel(args) => control::simple(args, "cancel"),
         Command::Status(args) => control::status(args),

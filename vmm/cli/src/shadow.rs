@@ -39,7 +39,11 @@ pub(crate) fn shadow(args: &ShadowArgs) -> Result<Code, Failure> {
         };
         let listener = Listener::bind(config).map_err(Failure::failed)?;
         let listen: Vec<String> = listener.addrs().iter().map(|addr| format!("quic:{addr}")).collect();
-        let (node, handle) = ShadowNode::new(listener, Arc::new(builder), ShadowConfig::default());
+        let shadowing = ShadowConfig {
+            staging: args.staging,
+            ..ShadowConfig::default()
+        };
+        let (node, handle) = ShadowNode::new(listener, Arc::new(builder), shadowing);
         let (vm, console) = (Arc::clone(&process.vm), Arc::clone(&process.console));
         let resident = move |guest: Arc<dyn Guest>| {
             let machine = twin.lock().unwrap_or_else(PoisonError::into_inner).upgrade()?;

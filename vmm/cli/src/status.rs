@@ -5,8 +5,8 @@ use core::fmt::Write;
 use umbra_units::{Bytes, PAGE_SIZE};
 
 use crate::api::types::{
-    EncodeStatus, GuestState, JobKind, JobState, PathStatus, Role, SnapshotKind, SnapshotReport, Status,
-    SwitchoverReport,
+    Capture, CommittedEpoch, CutReport, EncodeStatus, GuestState, JobKind, JobState, PathStatus, Role, SnapshotKind,
+    SnapshotReport, Status, SwitchoverReport,
 };
 use crate::heat;
 use crate::units::percent;
@@ -72,6 +72,9 @@ pub(crate) fn text(status: &Status) -> String {
             .map_or_else(|| "cannot be predicted".to_owned(), |ms| format!("{ms:.1} ms"));
         row(&mut out, "pause if now", &pause);
     }
+    if let Some(committed) = &status.committed {
+        row(&mut out, "committed", &self::committed(status, committed));
+    }
     for reason in &status.reasons {
         row(&mut out, "not ready", reason);
     }
@@ -99,6 +102,7 @@ pub(crate) fn text(status: &Status) -> String {
         let name = match job.kind {
             JobKind::Migrate => "switchover",
             JobKind::Snapshot => "snapshot",
+            JobKind::Cut => "cut",
         };
         row(&mut out, name, &text);
     }
@@ -107,6 +111,41 @@ pub(crate) fn text(status: &Status) -> String {
     }
     row(&mut out, "identity", &status.identity);
     out
+}
+
+fn committed(status: &Status, committed: &CommittedEpoch) -> String {
+    let mut text = format!("epoch {}, {} old", committed.epoch, seconds(committed.age_ms));
+    if let Some(cut) = &committed.cut {
+        let _ = write!(text, ", {:.1} ms of pause for {} pages", cut.pause_ms, cut.pages);
+    }
+    if let (Some(staged), Some(staging)) = (status.staged_bytes, status.staging_bytes) {
+        let _ = write!(text, ", {} of {} put aside for it", Bytes(staged), Bytes(staging));
+    }
+    text
+}
+
+/// What a cut did, in words.
+pub(crate) fn cut(report: &CutReport) -> String {
+    let parts = report.breakdown_ms;
+    let capture = match report.capture {
+        Capture::Copy => "copied",
+        Capture::Parallel => "copied by several threads",
+        Capture::Protect => "write-protected",
+    };
+    format!(
+        "epoch {} is committed: {:.1} ms of pause (stop {:.1}, harvest {:.1}, save {:.1}, capture {:.1}, resume {:.1}), \
+         {} pages {capture}, {} sent, {} in all",
+        report.epoch,
+        report.pause_ms,
+        parts.stop,
+        parts.harvest,
+        parts.save,
+        parts.capture,
+        parts.resume,
+        report.pages,
+        Bytes(report.bytes),
+        seconds(report.total_ms)
+    )
 }
 
 fn batches(encode: &EncodeStatus) -> String {
@@ -343,6 +382,10 @@ pub(crate) mod tests {
                 cache_evictions: 6,
             }),
             switching: false,
+            cutting: false,
+            committed: None,
+            staged_bytes: None,
+            staging_bytes: None,
             reasons: vec!["the shadow says: 80.0 % complete, 90.0 % wanted".to_owned()],
             paths: vec![path(0, "up"), path(1, "silent")],
             link: Some(LinkStatus {

@@ -347,6 +347,7 @@ mod tests {
             pages: (first..first + 32).map(owed).collect(),
             owed_after: PageCount(0),
             urgent: false,
+            captured: false,
             close: None,
             attempt: None,
         }

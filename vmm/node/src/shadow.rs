@@ -9,7 +9,6 @@ use umbra_core::batch::Batch;
 use umbra_core::error::Fault;
 use umbra_core::event::Event;
 use umbra_core::guest::{Guest, GuestBuilder, Space, StateRecord};
-use umbra_core::phase::ShadowPhase;
 use umbra_core::shadow::{Applied, Image, Outcome, Output, Sequence, Shadow, ShadowConfig, ShadowStatus, Step};
 use umbra_core::wire::Message;
 use umbra_paths::{LinkConfig, LinkEvent};
@@ -60,6 +59,8 @@ pub struct ShadowNodeStatus {
     pub shadow: ShadowStatus,
     /// What the link says, while there is one.
     pub link: Option<Stats>,
+    /// How long ago the committed epoch was committed, if there is one.
+    pub committed_age: Option<Duration>,
     /// The last thing that went wrong, on either side, if anything did.
     pub last_error: Option<String>,
 }
@@ -89,7 +90,7 @@ impl ShadowHandle {
         self.ask(Command::Status).await
     }
 
-    /// Run the final epoch that stands prepared. The caller vouches that the source is dead and will not return.
+    /// Run the final epoch that stands prepared, or the last one that was committed. The caller vouches that the source is dead and will not return.
     pub async fn vouch(&self) -> Result<(), CommandError> {
         self.ask(Command::Vouch).await?
     }
@@ -193,7 +194,7 @@ impl ShadowNode {
                 Some(command) = self.commands.recv() => match command {
                     Command::Status(answer) => {
                         let (shadow, last_error) = (listening.status(), self.last_error.clone());
-                        let _ = answer.send(ShadowNodeStatus { shadow, link: None, last_error });
+                        let _ = answer.send(ShadowNodeStatus { shadow, link: None, committed_age: None, last_error });
                     }
                     Command::Vouch(answer) | Command::End(_, answer) => {
                         let text = "no session is under way".to_owned();
@@ -207,7 +208,7 @@ impl ShadowNode {
     async fn serve(&mut self, incoming: Incoming) -> Result<Ended, StartError> {
         let clock = Clock::new();
         let (answer, mut answers) = mpsc::unbounded_channel();
-        let twin_hand = start_twin_hand(Arc::clone(&self.builder), clock, answer)?;
+        let twin_hand = start_twin_hand(Arc::clone(&self.builder), self.config.clone(), clock, answer)?;
         let (sender, mut link) = incoming.accept(LinkConfig::default()).split();
         let mut session = ShadowTask {
             sequence: Sequence::new(self.config.window),
@@ -269,6 +270,7 @@ enum Answer {
     Applied(Now, Applied),
     Audited(Epoch, Vec<PageId>),
     Restored(Epoch, Result<(), Fault>),
+    Recalled(Result<Epoch, Fault>),
     Resumed(Result<(Duration, Arc<dyn Guest>), Fault>),
     Failed(Fault),
 }
@@ -283,13 +285,14 @@ struct Twin {
 /// overlap, so nothing needs a lock.
 fn start_twin_hand(
     builder: Arc<dyn GuestBuilder>,
+    config: ShadowConfig,
     clock: Clock,
     answers: Answers<Answer>,
 ) -> Result<Hand<Work>, StartError> {
     let mut twin: Option<Twin> = None;
     Hand::start("umbra-twin", clock, answers, move |work| {
         let Some(twin) = &mut twin else {
-            return begin(&*builder, work, &mut twin);
+            return begin(&*builder, &config, work, &mut twin);
         };
         Some(match work {
             Work::Apply(Arrived { at, bytes }) => match twin.apply(&bytes) {
@@ -301,13 +304,14 @@ fn start_twin_hand(
                 Ok(differing) => Answer::Audited(epoch, differing),
                 Err(fault) => Answer::Failed(fault),
             },
+            Work::Step(Step::Recall) => Answer::Recalled(twin.recall()),
             Work::Step(Step::Restore(epoch, records)) => Answer::Restored(epoch, twin.restore(&records)),
             Work::Step(Step::Resume(epoch)) => Answer::Resumed(twin.resume(epoch)),
         })
     })
 }
 
-fn begin(builder: &dyn GuestBuilder, work: Work, twin: &mut Option<Twin>) -> Option<Answer> {
+fn begin(builder: &dyn GuestBuilder, config: &ShadowConfig, work: Work, twin: &mut Option<Twin>) -> Option<Answer> {
     let Work::Step(Step::Build(description, _)) = work else {
         return Some(Answer::Failed(Fault::PeerMisbehaved(
             "it sent pages before a guest".to_owned(),
@@ -316,7 +320,7 @@ fn begin(builder: &dyn GuestBuilder, work: Work, twin: &mut Option<Twin>) -> Opt
     let built = builder.build(&description).map(|guest| {
         let spaces = guest.spaces();
         *twin = Some(Twin {
-            image: Image::new(&spaces),
+            image: Image::new(&spaces).with_staging(config.staging_for(&spaces)),
             guest,
         });
         spaces
@@ -327,6 +331,12 @@ fn begin(builder: &dyn GuestBuilder, work: Work, twin: &mut Option<Twin>) -> Opt
 impl Twin {
     fn apply(&mut self, bytes: &[u8]) -> Result<Applied, Fault> {
         self.image.apply(Batch::parse(bytes)?, &*self.guest)
+    }
+
+    fn recall(&mut self) -> Result<Epoch, Fault> {
+        let (epoch, records) = self.image.recall(&*self.guest)?;
+        self.guest.restore(&records)?;
+        Ok(epoch)
     }
 
     fn restore(&self, records: &[StateRecord]) -> Result<(), Fault> {
@@ -396,6 +406,12 @@ impl ShadowTask {
             }
             Answer::Audited(epoch, differing) => self.shadow.handle_audited(at, epoch, &differing),
             Answer::Restored(epoch, restored) => self.shadow.handle_restored(at, epoch, restored),
+            Answer::Recalled(recalled) => {
+                if let Err(fault) = &recalled {
+                    self.last_error = Some(fault.to_string());
+                }
+                self.shadow.handle_recalled(recalled);
+            }
             Answer::Resumed(resumed) => {
                 let took = resumed.map(|(took, guest)| {
                     self.taken = Some(guest);
@@ -416,6 +432,9 @@ impl ShadowTask {
                 Err(malformed) => self.shadow.handle_failed(malformed.into()),
             },
             News::Link(LinkEvent::Block { bytes, .. }) => {
+                if !self.shadow.takes_batches() {
+                    return;
+                }
                 if let Err(fault) = self.sequence.arrived(Arrived { at: now, bytes }) {
                     return self.shadow.handle_failed(fault);
                 }
@@ -439,9 +458,11 @@ impl ShadowTask {
         match command {
             Command::Status(answer) => {
                 let (shadow, link) = (self.shadow.status(), self.sender.stats().await.ok());
+                let committed = shadow.committed.map(|(_, at)| self.clock.now().since(at));
                 let _ = answer.send(ShadowNodeStatus {
                     shadow,
                     link,
+                    committed_age: committed,
                     last_error: self.last_error.clone(),
                 });
             }
@@ -450,14 +471,10 @@ impl ShadowTask {
         }
     }
 
-    /// Another source knocks. It is let in only if ours has been silent for long and nothing stands prepared: a final
-    /// epoch may be the only copy of its guest.
+    /// Another source knocks. It is let in only if ours has been silent for long and no epoch is held that could run: it may
+    /// be the only copy of its guest.
     fn consider(&self, incoming: Incoming) -> Option<Incoming> {
-        let keeps = matches!(
-            self.shadow.phase(),
-            ShadowPhase::Preparing | ShadowPhase::Prepared | ShadowPhase::Starting
-        );
-        if !keeps && incoming.rival(FORGET_AFTER).is_none() {
+        if !self.shadow.is_precious() && incoming.rival(FORGET_AFTER).is_none() {
             return Some(incoming);
         }
         let guest = self
@@ -465,7 +482,10 @@ impl ShadowTask {
             .status()
             .hello
             .map_or_else(|| "another guest".to_owned(), |hello| format!("guest {}", hello.guest));
-        let text = format!("this node shadows {guest}, phase {}", self.shadow.phase());
+        let epoch = self.shadow.status().committed.map_or_else(String::new, |(epoch, _)| {
+            format!(", and holds its committed epoch {epoch}, which an operator may `resume` or `stop`")
+        });
+        let text = format!("this node shadows {guest}, phase {}{epoch}", self.shadow.phase());
         incoming.refuse(Refusal::Busy, text);
         None
     }

@@ -6,12 +6,14 @@ use std::time::Duration;
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use umbra_core::error::Fault;
 use umbra_core::event::Event;
-use umbra_core::guest::{Guest, Harvest, StateRecord};
+use umbra_core::guest::{Captured, Guest, Harvest, PageReader, StateRecord};
 use umbra_core::heat::HeatMap;
 use umbra_core::phase::SourcePhase;
 use umbra_core::predict::LinkFacts;
-use umbra_core::report::SwitchoverReport;
-use umbra_core::source::{Encoder, Outcome, Output, Source, SourceConfig, SourceStatus, Step, SwitchoverOptions};
+use umbra_core::report::{CutReport, SwitchoverReport};
+use umbra_core::source::{
+    CutOptions, Encoder, Outcome, Output, Source, SourceConfig, SourceStatus, Step, StepKind, SwitchoverOptions,
+};
 use umbra_core::wire::Message;
 use umbra_paths::{Class, LinkEvent};
 use umbra_quic::{LinkHandle, LinkReceiver, LinkSender, Stats};
@@ -71,6 +73,8 @@ pub struct ProtectionStatus {
     pub link: Option<Stats>,
     /// The last thing that went wrong, on either side, if anything did.
     pub last_error: Option<String>,
+    /// How old the committed epoch is: from its instant until now.
+    pub committed_age: Option<Duration>,
 }
 
 /// A guest that is being shadowed: a handle to the session's loop. Dropping it does not end the session.
@@ -90,6 +94,9 @@ enum Command {
         oneshot::Sender<Result<SwitchoverReport, SwitchoverError>>,
     ),
     CancelSwitchover(oneshot::Sender<Result<(), CommandError>>),
+    Cut(CutOptions, oneshot::Sender<Result<CutReport, CommandError>>),
+    CancelCut(oneshot::Sender<Result<(), CommandError>>),
+    HoldCuts(bool, oneshot::Sender<()>),
     End(String, oneshot::Sender<Result<(), CommandError>>),
     Reclaim(oneshot::Sender<Result<(), CommandError>>),
 }
@@ -150,6 +157,21 @@ impl Protection {
         self.ask(Command::CancelSwitchover).await?
     }
 
+    /// Cut an epoch while the guest runs on. Returns when the shadow has committed it, or with the reason why it was not.
+    pub async fn cut(&self, options: CutOptions) -> Result<CutReport, CommandError> {
+        self.ask(|answer| Command::Cut(options, answer)).await?
+    }
+
+    /// Take back a cut whose last page is not on its way yet.
+    pub async fn cancel_cut(&self) -> Result<(), CommandError> {
+        self.ask(Command::CancelCut).await?
+    }
+
+    /// Before and after somebody else stops the guest or lets it run: nothing here does meanwhile. Returns when nothing does.
+    pub async fn hold_cuts(&self, hold: bool) -> Result<(), CommandError> {
+        self.ask(|answer| Command::HoldCuts(hold, answer)).await
+    }
+
     /// End the session; the guest stays here.
     pub async fn end(&self, why: &str) -> Result<(), CommandError> {
         self.ask(|answer| Command::End(why.to_owned(), answer)).await?
@@ -194,14 +216,15 @@ pub fn describe(outcome: &Outcome) -> String {
 }
 
 /// What the hands answer.
-#[derive(Debug)]
 enum Answer {
     Tracked(Harvest),
     Harvested(Harvest),
     Paused,
     Saved(Vec<StateRecord>),
+    Captured(Arc<dyn Captured>),
+    Resumed,
     Encoder(Done),
-    Failed(Fault),
+    StepFailed(StepKind, Fault),
 }
 
 struct SourceTask {
@@ -218,6 +241,11 @@ struct SourceTask {
     encoding: usize,
     encoding_most: usize,
     facts: LinkFacts,
+    /// The pages of the cut under way.
+    captured: Option<Arc<dyn Captured>>,
+    cutter: Option<oneshot::Sender<Result<CutReport, CommandError>>>,
+    /// Who waits for this task to keep its hands off the guest.
+    holders: Vec<oneshot::Sender<()>>,
     mover: Option<oneshot::Sender<Result<SwitchoverReport, SwitchoverError>>>,
     last_error: Option<String>,
     outcome: Option<Outcome>,
@@ -272,6 +300,9 @@ impl SourceTask {
             encoding: 0,
             encoding_most: config.encode.threads.max(1) + ENCODE_AHEAD,
             facts: LinkFacts::default(),
+            captured: None,
+            cutter: None,
+            holders: Vec::new(),
             mover: None,
             last_error: None,
             outcome: None,
@@ -308,9 +339,15 @@ impl SourceTask {
                     Output::Do(Step::Audit) => self.encoders.audit(Arc::clone(&self.guest)),
                     // Here and now, not by the hand: what follows is "go".
                     Output::Do(Step::GiveUp) => self.guest.give_up(),
+                    Output::Do(Step::Release) => self.captured = None,
                     Output::Do(step) => self.guest_hand.give(step),
                     Output::Event(event) => self.tell(event),
                     Output::End(outcome) => self.outcome = Some(outcome),
+                }
+            }
+            if self.source.is_hands_off() {
+                for holder in self.holders.drain(..) {
+                    let _ = holder.send(()); // whoever went away does not want it any more
                 }
             }
             let urgent = self.source.phase() == SourcePhase::Final;
@@ -321,9 +358,12 @@ impl SourceTask {
                 return;
             };
             self.encoding += 1;
-            let hurry = urgent || self.source.is_switching();
-            let guest = Arc::clone(&self.guest);
-            self.encoders.encode(plan, guest, hurry);
+            let hurry = urgent || plan.urgent || self.source.is_switching();
+            let from: Arc<dyn PageReader> = match self.captured.clone().filter(|_| plan.captured) {
+                Some(captured) => captured,
+                None => Arc::clone(&self.guest) as _,
+            };
+            self.encoders.encode(plan, from, hurry);
         }
     }
 
@@ -333,12 +373,22 @@ impl SourceTask {
             Answer::Harvested(harvest) => self.source.handle_harvest(at, &harvest),
             Answer::Paused => self.source.handle_paused(at),
             Answer::Saved(records) => self.source.handle_saved(at, records),
+            Answer::Captured(captured) => {
+                let by = captured.by();
+                self.captured = Some(captured);
+                self.source.handle_captured(at, by);
+            }
+            Answer::Resumed => self.source.handle_resumed(at),
             Answer::Encoder(Done::Audited(differing)) => self.source.handle_audited(at, &differing),
             Answer::Encoder(Done::Encoded(batch, bytes, counts)) => {
                 self.encoding -= 1;
                 self.source.handle_encoded(at, batch, bytes, counts);
             }
-            Answer::Failed(fault) | Answer::Encoder(Done::Failed(fault)) => {
+            Answer::StepFailed(step, fault) => {
+                self.last_error = Some(fault.to_string());
+                self.source.handle_step_failed(at, step, fault);
+            }
+            Answer::Encoder(Done::Failed(fault)) => {
                 self.last_error = Some(fault.to_string());
                 self.source.handle_failed(fault);
             }
@@ -357,8 +407,8 @@ impl SourceTask {
                 self.source
                     .handle_failed(Fault::PeerMisbehaved("a shadow sends no pages".to_owned()));
             }
-            News::Link(LinkEvent::AllPathsDown) => self.source.handle_link_up(false),
-            News::Link(LinkEvent::Restored) => self.source.handle_link_up(true),
+            News::Link(LinkEvent::AllPathsDown) => self.source.handle_link_up(now, false),
+            News::Link(LinkEvent::Restored) => self.source.handle_link_up(now, true),
             News::Link(event) => crate::link::log(&event),
             News::Trouble { path, error } => {
                 tracing::warn!(%path, %error, "path");
@@ -385,6 +435,15 @@ impl SourceTask {
                 }))),
             },
             Command::CancelSwitchover(answer) => drop(answer.send(self.source.cancel_switchover().map_err(Into::into))),
+            Command::Cut(options, answer) => match self.source.cut(now, options) {
+                Ok(()) => self.cutter = Some(answer),
+                Err(refused) => drop(answer.send(Err(refused.into()))),
+            },
+            Command::CancelCut(answer) => drop(answer.send(self.source.cancel_cut(now).map_err(Into::into))),
+            Command::HoldCuts(hold, answer) => {
+                self.source.hold_cuts(now, hold);
+                self.holders.push(answer);
+            }
             Command::End(why, answer) => drop(answer.send(self.source.end(&why).map_err(Into::into))),
             Command::Reclaim(answer) => drop(answer.send(self.source.reclaim().map_err(Into::into))),
         }
@@ -411,13 +470,27 @@ impl SourceTask {
                 }));
             }
         }
+        let cut = match &event {
+            Event::CutFailed { text } => {
+                self.last_error = Some(text.clone());
+                Some(Err(CommandError::Refused(text.clone())))
+            }
+            Event::Cut(report) => Some(Ok(**report)),
+            _ => None,
+        };
+        if let Some((cutter, cut)) = cut.and_then(|cut| Some((self.cutter.take()?, cut))) {
+            let _ = cutter.send(cut);
+        }
         let _ = self.events.send(event);
     }
 
     async fn status(&self) -> ProtectionStatus {
         let link = self.sender.stats().await.ok();
+        let source = self.source.status();
+        let now = self.clock.now();
         ProtectionStatus {
-            source: self.source.status(),
+            committed_age: source.committed.map(|committed| now.since(committed.at)),
+            source,
             encode: self.encoders.status(),
             link,
             last_error: self.last_error.clone(),
@@ -441,21 +514,25 @@ impl SourceTask {
 
 /// The hand that touches the guest: it stops it, saves it, lets it run.
 fn start_guest_hand(guest: Arc<dyn Guest>, clock: Clock, answers: Answers<Answer>) -> Result<Hand<Step>, StartError> {
-    Hand::start("umbra-guest", clock, answers, move |step| {
+    Hand::start("umbra-guest", clock, answers, move |step: Step| {
+        let kind = step.kind();
         let done = match step {
             // Recording first: what is written after the look for untouched pages must be in a harvest.
             Step::Track => guest.track(true).map(|()| Some(Answer::Tracked(guest.untouched()))),
             Step::Harvest => guest.harvest().map(|harvest| Some(Answer::Harvested(harvest))),
             Step::Pause => guest.pause().map(|()| Some(Answer::Paused)),
             Step::Save => guest.save().map(|records| Some(Answer::Saved(records))),
-            Step::Resume => guest.resume().map(|()| None),
+            Step::Capture(pages, by) => guest
+                .capture(&pages, by)
+                .map(|captured| Some(Answer::Captured(captured.into()))),
+            Step::Resume => guest.resume().map(|()| Some(Answer::Resumed)),
             Step::Untrack(debt) => {
                 guest.put_back(&debt);
                 guest.track(false).map(|()| None)
             }
             Step::Audit => unreachable!("audits go to the encoders, who have the table"),
-            Step::GiveUp => unreachable!("done by the task itself"),
+            Step::GiveUp | Step::Release => unreachable!("done by the task itself"),
         };
-        done.unwrap_or_else(|error| Some(Answer::Failed(error.into())))
+        done.unwrap_or_else(|error| Some(Answer::StepFailed(kind, error.into())))
     })
 }

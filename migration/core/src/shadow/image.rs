@@ -7,12 +7,14 @@
 
 use std::collections::BTreeMap;
 
-use umbra_units::{BatchId, Epoch, PAGE_SIZE, PageId, SpaceId};
+use umbra_units::{BatchId, Bytes, Epoch, PAGE_SIZE, PageCount, PageId, SpaceId};
+
+use super::kept::{Before, Kept, Staging};
 
 use crate::batch::{Batch, Close, PageCounts};
 use crate::digest::{Digest, PageHash};
 use crate::error::Fault;
-use crate::guest::{Guest, PageBytes, Space};
+use crate::guest::{Guest, PageBytes, Space, StateRecord};
 use crate::page::{Dup, Encoding, apply_delta};
 
 /// What applying one batch did, for the state machine.
@@ -26,10 +28,27 @@ pub struct Applied {
     pub owed: u64,
     /// How its pages came.
     pub counts: PageCounts,
-    /// What closes the epoch, if this batch does.
+    /// What closes a final epoch, if this batch does.
     pub close: Option<Close>,
+    /// The epoch that was committed with this batch, if one was.
+    pub committed: Option<Epoch>,
+    /// The committed epoch that could be kept no longer, if that came to it.
+    pub given_up: Option<Epoch>,
+    /// What is kept, by now.
+    pub staged: Staged,
     /// The digest of all memory by now.
     pub digest: Digest,
+}
+
+/// How much is put aside to keep a committed epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Staged {
+    /// Whether an epoch is kept.
+    pub keeps: bool,
+    /// Pages put aside whose content takes room.
+    pub used: PageCount,
+    /// Of so many.
+    pub most: PageCount,
 }
 
 /// The shadow's tables. One thread applies at a time.
@@ -42,6 +61,11 @@ pub struct Image {
     through: BatchId,
     /// The newest epoch of which a page was applied.
     newest: Epoch,
+    /// The last committed epoch.
+    kept: Option<Kept>,
+    staging: Staging,
+    /// It went back to the committed epoch: nothing follows on what it holds.
+    recalled: bool,
     /// The guest runs from this image, or is about to: nothing may be written to it any more.
     sealed: bool,
 }
@@ -58,8 +82,59 @@ impl Image {
             digest: Digest::ZEROS,
             through: BatchId(0),
             newest: Epoch(0),
+            kept: None,
+            staging: Staging::default(),
+            recalled: false,
             sealed: false,
         }
+    }
+
+    /// The same, with so much room to keep a committed epoch apart from what comes after it.
+    pub fn with_staging(self, most: Bytes) -> Self {
+        Self {
+            staging: Staging::of(most),
+            ..self
+        }
+    }
+
+    /// What is put aside.
+    pub const fn staged(&self) -> Staged {
+        Staged {
+            keeps: self.kept.is_some(),
+            used: self.staging.used(),
+            most: self.staging.most(),
+        }
+    }
+
+    /// Go back to the committed epoch: memory is as it was at that cut. Answers which it is, and the state that belongs to it.
+    /// Once begun it is finished, by another call if one fails; nothing is applied any more.
+    pub fn recall(&mut self, guest: &dyn Guest) -> Result<(Epoch, Vec<StateRecord>), Fault> {
+        let Some(kept) = &self.kept else {
+            return Err(Fault::Host("no epoch is committed".to_owned()));
+        };
+        self.recalled = true;
+        for before in &kept.before {
+            let content = before.content.as_deref().unwrap_or(&[0; PAGE_SIZE]);
+            if PageHash::of(content) != before.hash {
+                return Err(Fault::Host(format!(
+                    "what {} held was damaged where it was kept",
+                    before.page
+                )));
+            }
+            guest.apply_page(before.page, content)?;
+            let index = usize::try_from(before.page.pfn.0).expect("a page of this table");
+            let table = self.spaces.get_mut(&before.page.space).expect("a space of this table");
+            self.digest.change(before.page, table[index], before.hash);
+            table[index] = before.hash;
+        }
+        if self.digest != kept.digest {
+            return Err(Fault::Host(format!(
+                "the digest of epoch {} was {}, and is {} after going back to it",
+                kept.epoch, kept.digest, self.digest
+            )));
+        }
+        self.newest = kept.epoch;
+        Ok((kept.epoch, kept.records.clone()))
     }
 
     /// The twin is about to run as it was at the end of `epoch`: apply nothing any more. Refused if pages of a newer
@@ -92,6 +167,10 @@ impl Image {
             let text = format!("batch {} came too late: the guest runs here", batch.id);
             return Err(Fault::Host(text));
         }
+        if self.recalled {
+            let text = format!("batch {} came too late: the committed epoch was gone back to", batch.id);
+            return Err(Fault::Host(text));
+        }
         // covered by: batches_are_applied_in_their_order_or_not_at_all
         if batch.id != self.through.next() {
             return Err(Fault::PeerMisbehaved(format!(
@@ -100,6 +179,7 @@ impl Image {
             )));
         }
         self.newest = self.newest.max(batch.epoch);
+        let kept_before = self.kept.as_ref().map(|kept| kept.epoch);
         let mut counts = PageCounts::default();
         let mut page = [0; PAGE_SIZE];
         for (id, encoding, hash, bytes) in batch.pages() {
@@ -131,12 +211,20 @@ impl Image {
             counts.travels(encoding);
         }
         self.through = batch.id;
+        let given_up = kept_before.filter(|_| self.kept.is_none());
+        let (committed, close) = match batch.close {
+            Some(close) if !close.is_final => (Some(self.commit(batch.epoch, close, guest)?), None),
+            close => (None, close),
+        };
         Ok(Applied {
+            committed,
+            given_up,
+            staged: self.staged(),
             id: batch.id,
             epoch: batch.epoch,
             owed: batch.owed,
             counts,
-            close: batch.close,
+            close,
             digest: self.digest,
         })
     }
@@ -144,6 +232,51 @@ impl Image {
     /// Compare memory itself with the table, page by page. Answers the pages that differ.
     pub fn audit(&self, guest: &dyn Guest) -> Result<Vec<PageId>, Fault> {
         crate::audit::differing(guest, |page| self.hash(page))
+    }
+
+    /// The epoch is whole: hold it against its digest, and keep it from now on.
+    fn commit(&mut self, epoch: Epoch, close: Close, guest: &dyn Guest) -> Result<Epoch, Fault> {
+        if self.digest != close.digest {
+            return Err(Fault::PeerMisbehaved(format!(
+                "the digest of epoch {epoch} is {} here and {} at the source",
+                self.digest, close.digest
+            )));
+        }
+        if close.audit {
+            let differing = self.audit(guest)?;
+            if let Some(first) = differing.first() {
+                return Err(Fault::Host(format!(
+                    "the audit found {} pages that differ from what was applied, {first} first",
+                    differing.len()
+                )));
+            }
+        }
+        let kept = self.kept.replace(Kept::new(epoch, close.digest, close.records));
+        if let Some(last) = kept {
+            self.staging.give_back(last);
+        }
+        Ok(epoch)
+    }
+
+    /// A page is about to change: what it held at the commit is put aside, if it still holds that. When there is no room, the
+    /// committed epoch is given up, because following goes on whatever comes.
+    fn put_aside(&mut self, page: PageId, hash: PageHash, guest: &dyn Guest) -> Result<(), Fault> {
+        let Some(kept) = self.kept.as_mut().filter(|kept| kept.is_as_it_was(page)) else {
+            return Ok(());
+        };
+        let content = if hash == PageHash::zero() {
+            None
+        } else if let Some(mut room) = self.staging.take() {
+            guest.read_page(page, &mut room)?;
+            Some(room)
+        } else {
+            let kept = self.kept.take().expect("seen just now");
+            self.staging.give_back(kept);
+            return Ok(());
+        };
+        let pages = PageCount(self.spaces[&page.space].len() as u64);
+        kept.put_aside(Before { page, hash, content }, pages);
+        Ok(())
     }
 
     fn hash(&self, page: PageId) -> Option<PageHash> {
@@ -167,6 +300,7 @@ impl Image {
                 "{id} of batch {batch} does not match its hash"
             )));
         }
+        self.put_aside(id, old, guest)?;
         guest.apply_page(id, page)?;
         self.digest.change(id, old, hash);
         let index = usize::try_from(id.pfn.0).expect("found by its caller");

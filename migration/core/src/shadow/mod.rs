@@ -13,6 +13,7 @@
 //! falls silent while the shadow is prepared, it waits: only a *go* or an operator's word ([`Shadow::vouch`]) starts it.
 
 mod image;
+mod kept;
 mod sequence;
 
 use std::collections::VecDeque;
@@ -20,7 +21,7 @@ use std::time::Duration;
 
 use umbra_units::{BatchId, Bytes, Epoch, Now, PageCount, PageId, Ratio, Term};
 
-pub use image::{Applied, Image};
+pub use image::{Applied, Image, Staged};
 pub use sequence::Sequence;
 
 use crate::batch::{Close, PageCounts};
@@ -39,6 +40,18 @@ pub struct ShadowConfig {
     pub gather: Duration,
     /// Bytes of batches that may be on their way to this shadow or wait here to be applied.
     pub window: Bytes,
+    /// Bytes that may be put aside to keep a committed epoch apart from what comes after it; `None`: a quarter of the
+    /// guest's memory, and at least [`LEAST_STAGING`].
+    pub staging: Option<Bytes>,
+}
+
+impl ShadowConfig {
+    /// Bytes that may be put aside for a guest of these spaces.
+    pub fn staging_for(&self, spaces: &[Space]) -> Bytes {
+        let pages: PageCount = spaces.iter().map(Space::present_pages).sum();
+        let quarter = Bytes(pages.0 * umbra_units::PAGE_SIZE as u64 / 4);
+        self.staging.unwrap_or_else(|| quarter.max(LEAST_STAGING))
+    }
 }
 
 impl Default for ShadowConfig {
@@ -47,9 +60,13 @@ impl Default for ShadowConfig {
             complete_at: Ratio::new(0.9).expect("a share"),
             gather: Duration::from_millis(2),
             window: DEFAULT_WINDOW,
+            staging: None,
         }
     }
 }
+
+/// What may be put aside of a small guest, of which a quarter is soon rewritten.
+pub const LEAST_STAGING: Bytes = Bytes::mib(64);
 
 /// As much as the link itself holds for a reader that is behind.
 const DEFAULT_WINDOW: Bytes = Bytes::mib(64);
@@ -65,6 +82,8 @@ pub enum Step {
     Build(StateRecord, Vec<Space>),
     /// Compare memory with the image's table. Answer: [`Shadow::handle_audited`].
     Audit(Epoch),
+    /// [Go back](Image::recall) to the committed epoch and load its state. Answer: [`Shadow::handle_recalled`].
+    Recall,
     /// Load state. Answer: [`Shadow::handle_restored`].
     Restore(Epoch, Vec<StateRecord>),
     /// [Seal](Image::seal) the image at this epoch, then run. Answer: [`Shadow::handle_resumed`].
@@ -109,6 +128,10 @@ pub struct ShadowStatus {
     pub complete: Ratio,
     /// How pages came so far.
     pub counts: PageCounts,
+    /// The epoch that was committed last and when, if it can be gone back to.
+    pub committed: Option<(Epoch, Now)>,
+    /// What is put aside to keep it.
+    pub staged: Staged,
     /// Everything that speaks against a switchover now.
     pub reasons: Vec<String>,
 }
@@ -130,6 +153,14 @@ pub struct Shadow {
     held_since: Option<Now>,
     reasons: Option<Vec<String>>,
     closing: Option<Closing>,
+    committed: Option<(Epoch, Now)>,
+    staged: Staged,
+    /// Going back to the committed epoch, on an operator's word.
+    recalling: bool,
+    /// It was asked to: nothing follows on what it holds.
+    recalled: bool,
+    /// The epoch that stands loaded after going back.
+    standing: Option<Epoch>,
     /// The newest epoch the source took back: its closing batch may still be on its way.
     withdrawn: Option<Epoch>,
     /// The term this shadow was told to run in.
@@ -164,6 +195,11 @@ impl Shadow {
             held_since: None,
             reasons: None,
             closing: None,
+            committed: None,
+            staged: Staged::default(),
+            recalling: false,
+            recalled: false,
+            standing: None,
             withdrawn: None,
             told: None,
             outputs: VecDeque::new(),
@@ -182,6 +218,8 @@ impl Shadow {
             hello: self.hello.clone(),
             complete: self.complete(),
             counts: self.counts,
+            committed: self.committed,
+            staged: self.staged,
             reasons: self.reasons_now(),
         }
     }
@@ -212,6 +250,8 @@ impl Shadow {
             Message::Goodbye { text } => self.drop_by(Fault::PeerEnded(text)),
             Message::Welcome { .. }
             | Message::Held { .. }
+            | Message::Committed { .. }
+            | Message::Uncommitted { .. }
             | Message::Readiness { .. }
             | Message::Prepared { .. }
             | Message::Unprepared { .. }
@@ -248,6 +288,7 @@ impl Shadow {
         self.counts.add(&applied.counts);
         self.through = applied.id;
         self.owed = Some(PageCount(applied.owed));
+        self.staged = applied.staged;
         self.held_since.get_or_insert(now);
         // The source only goes on to the next epoch when it has taken back the last: its word to say so may be late.
         // covered by: a_page_of_the_next_epoch_takes_the_last_one_back
@@ -271,6 +312,15 @@ impl Shadow {
                 self.whole(now, applied.digest);
             }
             self.judge();
+        }
+        if let Some(epoch) = applied.given_up {
+            self.given_up(epoch);
+        }
+        if let Some(epoch) = applied.committed {
+            self.committed = Some((epoch, now));
+            self.acknowledge();
+            self.outputs.push_back(Output::Send(Message::Committed { epoch }));
+            self.outputs.push_back(Output::Event(Event::Committed { epoch }));
         }
         if self.through.0 - self.acknowledged.0 >= GATHERED {
             self.acknowledge();
@@ -343,9 +393,47 @@ impl Shadow {
         }
     }
 
-    /// The source will never be heard of again on this link. A prepared shadow waits for an operator.
+    /// The answer to [`Step::Recall`]: the epoch that stands loaded now.
+    pub fn handle_recalled(&mut self, recalled: Result<Epoch, Fault>) {
+        if !self.recalling || self.phase != ShadowPhase::Preparing {
+            return; // the session ended meanwhile
+        }
+        self.recalling = false;
+        match recalled {
+            Ok(epoch) => {
+                self.standing = Some(epoch);
+                self.make(ShadowPhase::prepared).expect("Preparing leads to Prepared");
+                self.make(ShadowPhase::vouched).expect("Prepared leads to Starting");
+                self.start(self.vouched_term());
+            }
+            Err(fault) => {
+                // The epoch is still kept: an operator may try again.
+                self.make(ShadowPhase::withdrawn)
+                    .expect("Preparing leads back to Following");
+                let text = fault.to_string();
+                self.outputs.push_back(Output::Event(Event::RecallFailed { text }));
+            }
+        }
+    }
+
+    /// Whether what it holds may be the only copy of its guest: then it waits for an operator, and for nobody else.
+    pub const fn is_precious(&self) -> bool {
+        match self.phase {
+            ShadowPhase::Preparing | ShadowPhase::Prepared | ShadowPhase::Starting => true,
+            ShadowPhase::Following => self.committed.is_some(),
+            _ => false,
+        }
+    }
+
+    /// Whether batches are still applied: not once it went back to its committed epoch.
+    pub const fn takes_batches(&self) -> bool {
+        !self.recalled
+    }
+
+    /// The source will never be heard of again on this link. A shadow that stands prepared, or has committed an epoch, waits
+    /// for an operator.
     pub fn handle_link_lost(&mut self, text: &str) {
-        if self.phase != ShadowPhase::Prepared {
+        if !self.is_precious() {
             self.drop_by(Fault::PeerEnded(text.to_owned()));
         }
     }
@@ -356,21 +444,31 @@ impl Shadow {
             .push_back(Output::Event(if up { Event::LinkUp } else { Event::LinkDown }));
     }
 
-    /// An operator vouches that the source is dead and will not return: run the final epoch that stands prepared.
+    /// An operator vouches that the source is dead and will not return: run the final epoch that stands prepared, or the last
+    /// one that was committed.
     pub fn vouch(&mut self) -> Result<(), Refused> {
+        if self.phase == ShadowPhase::Following {
+            if self.committed.is_none() {
+                return Err(Refused(
+                    "no epoch is committed: what it holds is a mixture that cannot run".to_owned(),
+                ));
+            }
+            self.make(ShadowPhase::recalled)?;
+            (self.recalling, self.recalled) = (true, true);
+            self.closing = None;
+            self.outputs.push_back(Output::Do(Step::Recall));
+            return Ok(());
+        }
         self.make(ShadowPhase::vouched)?;
+        self.start(self.vouched_term());
+        Ok(())
+    }
+
+    fn vouched_term(&self) -> Term {
         // The next term may have been given to us before the source died, and the one after it is what a source takes when
         // an operator vouches on that side (`Source::reclaim`): two wrong words must not give two guests one term.
-        let term = self
-            .hello
-            .as_ref()
-            .expect("prepared for somebody")
-            .term
-            .next()
-            .next()
-            .next();
-        self.start(term);
-        Ok(())
+        let hello = self.hello.as_ref().expect("prepared for somebody");
+        hello.term.next().next().next()
     }
 
     /// End the session from this side.
@@ -457,11 +555,10 @@ impl Shadow {
 
     fn start(&mut self, term: Term) {
         self.told = Some(term);
-        let epoch = self
-            .closing
-            .as_ref()
-            .expect("prepared for an epoch that was closed")
-            .epoch;
+        let closing = self.closing.as_ref().map(|closing| closing.epoch);
+        let epoch = closing
+            .or(self.standing)
+            .expect("prepared for an epoch that was closed");
         self.outputs.push_back(Output::Do(Step::Resume(epoch)));
     }
 
@@ -472,8 +569,26 @@ impl Shadow {
             self.outputs.push_back(Output::Send(Message::Held {
                 through: self.through,
                 room: self.config.window,
+                left: self.staged.most - self.staged.used,
+                staging: if self.staged.keeps {
+                    self.staged.most
+                } else {
+                    PageCount::ZERO
+                },
             }));
         }
+    }
+
+    fn given_up(&mut self, epoch: Epoch) {
+        self.committed = None;
+        let staging = Bytes(self.staged.most.0 * umbra_units::PAGE_SIZE as u64);
+        let text = format!("more than the {staging} of staging changed since it was committed");
+        self.outputs.push_back(Output::Send(Message::Uncommitted {
+            epoch,
+            text: text.clone(),
+        }));
+        self.outputs
+            .push_back(Output::Event(Event::EpochGivenUp { epoch, text }));
     }
 
     fn complete(&self) -> Ratio {

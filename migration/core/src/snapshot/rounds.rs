@@ -97,6 +97,7 @@ impl Walk {
             pages,
             owed_after: self.left,
             urgent: false,
+            captured: false,
             close: None,
             attempt: None,
         })

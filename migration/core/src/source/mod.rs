@@ -20,16 +20,19 @@
 //! word ("I did not run it and never will") or an operator's ([`Source::reclaim`]) brings the guest back. A lost answer
 //! is therefore never settled by running twice; at worst the guest waits (DESIGN §3.1).
 
+mod cut;
 mod encoder;
+mod gathering;
 mod stop;
 mod switchover;
 mod window;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
 use umbra_units::{BatchId, Bytes, Epoch, GuestId, Now, PageCount, PageId, Ratio, SessionId, Term};
 
+pub use cut::{CommittedEpoch, CutOptions, CutReason};
 pub use encoder::{CacheCounts, DEFAULT_CACHE, Encoded, Encoder};
 pub use switchover::{Attempt, SwitchoverOptions};
 
@@ -37,7 +40,7 @@ use crate::batch::{Close, PageCounts};
 use crate::convergence::{Convergence, Outlook};
 use crate::error::{Fault, Refused};
 use crate::event::Event;
-use crate::guest::{Harvest, Space, StateRecord};
+use crate::guest::{CaptureBy, Harvest, Space, StateRecord};
 use crate::heat::{ClassCounts, HeatMap, Rate};
 use crate::ledger::{Ledger, Owed};
 use crate::order::{Hold, Order};
@@ -46,7 +49,9 @@ use crate::phase::SourcePhase;
 use crate::predict::{LinkFacts, PausePredictor};
 use crate::report::SwitchoverReport;
 use crate::wire::{Hello, Message, VERSIONS};
-use switchover::{Due, Final, Switching};
+use cut::{Cut, Stage};
+use gathering::Due;
+use switchover::{Final, Switching};
 use window::Window;
 
 /// While following, a page waits that is written again within this while…
@@ -91,7 +96,7 @@ impl Default for SourceConfig {
 }
 
 /// Something the node must do to the guest. Steps are done one after the other, in the order they came; each is answered
-/// by the `handle_*` it names, or by [`Source::handle_failed`].
+/// by the `handle_*` it names, or by [`Source::handle_step_failed`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
     /// Start recording writes, then find the pages never touched. Answer: [`Source::handle_tracked`].
@@ -107,10 +112,48 @@ pub enum Step {
     /// Call [`Guest::give_up`](crate::guest::Guest::give_up), at once and before any later output is acted on: the next one
     /// lets the shadow run the guest. Every earlier step has been answered. No answer.
     GiveUp,
-    /// Let the guest run. No answer: failing to resume is the host's end, and the node says so.
+    /// Keep these pages of the stopped guest as they are, to be read after it runs on. Answer: [`Source::handle_captured`].
+    Capture(Harvest, Option<CaptureBy>),
+    /// Let go of what was captured, once the plans given out before have been encoded. No answer.
+    Release,
+    /// Let the guest run. Answer: [`Source::handle_resumed`]. Failing to resume is the host's end, and the node says so.
     Resume,
     /// Stop recording writes, and give these pages back: nobody took care of them.
     Untrack(Harvest),
+}
+
+/// A step without what it carries: what a node names when one failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StepKind {
+    /// [`Step::Pause`].
+    Pause,
+    /// [`Step::Harvest`].
+    Harvest,
+    /// [`Step::Save`].
+    Save,
+    /// [`Step::Capture`].
+    Capture,
+    /// [`Step::Audit`].
+    Audit,
+    /// [`Step::Resume`].
+    Resume,
+    /// Any other.
+    Other,
+}
+
+impl Step {
+    /// Which kind of step.
+    pub const fn kind(&self) -> StepKind {
+        match self {
+            Self::Pause => StepKind::Pause,
+            Self::Harvest => StepKind::Harvest,
+            Self::Save => StepKind::Save,
+            Self::Capture(..) => StepKind::Capture,
+            Self::Audit => StepKind::Audit,
+            Self::Resume => StepKind::Resume,
+            Self::Track | Self::Release | Self::GiveUp | Self::Untrack(_) => StepKind::Other,
+        }
+    }
 }
 
 /// What the node must do.
@@ -155,6 +198,8 @@ pub struct Plan {
     pub owed_after: PageCount,
     /// Whether somebody waits for it: such batches travel with parity.
     pub urgent: bool,
+    /// Whether its pages are to be read from what was captured, not from the guest.
+    pub captured: bool,
     /// Closes the epoch, if present: what the encoder completes with its digest.
     pub close: Option<Close>,
     /// The attempt at a final epoch that this is part of, if it is: it may be taken back before this is encoded.
@@ -198,6 +243,10 @@ pub struct SourceStatus {
     pub switching: bool,
     /// Why it has not stopped the guest yet, if it has not.
     pub obstacle: Option<String>,
+    /// Whether an epoch is being cut.
+    pub cutting: bool,
+    /// The last epoch that the shadow committed, if it holds one.
+    pub committed: Option<CommittedEpoch>,
     /// Everything that speaks against a switchover now.
     pub reasons: Vec<String>,
 }
@@ -231,8 +280,18 @@ pub struct Source {
     readiness: Option<Vec<String>>,
     switching: Option<Switching>,
     closing: Option<Final>,
-    /// Answers to steps of final epochs.
+    cut: Option<Cut>,
+    committed: Option<CommittedEpoch>,
+    /// Pages that the shadow can still keep apart from its committed epoch, of so many; `None` while it need not.
+    staging: Option<(PageCount, PageCount)>,
+    /// Somebody else stops the guest: nothing is cut meanwhile.
+    cuts_held: bool,
+    /// After a failed cut of its own the source waits until then.
+    no_cut_before: Now,
+    /// Answers to steps of cuts and final epochs.
     due: Due,
+    /// Plans that were given out and have not been encoded.
+    unencoded: BTreeSet<BatchId>,
     counts: PageCounts,
     shipped: Bytes,
     ended: bool,
@@ -285,7 +344,13 @@ impl Source {
             readiness: None,
             switching: None,
             closing: None,
+            cut: None,
+            committed: None,
+            staging: None,
+            cuts_held: false,
+            no_cut_before: Now::ZERO,
             due: Due::default(),
+            unencoded: BTreeSet::new(),
             counts: PageCounts::default(),
             shipped: Bytes::ZERO,
             ended: false,
@@ -341,6 +406,8 @@ impl Source {
             predicted_pause: (self.link_up && pause < Duration::MAX).then_some(pause),
             switching: self.switching.is_some(),
             obstacle: self.obstacle().map(str::to_owned),
+            cutting: self.is_cutting(),
+            committed: self.committed,
             reasons: self.reasons(),
         }
     }
@@ -362,8 +429,7 @@ impl Source {
         } else {
             Now::NEVER
         };
-        let deadline = self.switchover_deadline();
-        harvest.min(deadline)
+        harvest.min(self.switchover_deadline()).min(self.cut_deadline())
     }
 
     /// Time passed.
@@ -374,13 +440,21 @@ impl Source {
         if now >= self.switchover_deadline() {
             self.switchover_overdue(now);
         }
+        if now >= self.cut_deadline() {
+            self.cut_overdue(now);
+        }
     }
 
     /// The next batch to copy, encode and ship. The node asks while the link has room; in the final epoch it asks until
     /// there is none, room or not.
     pub fn take_plan(&mut self, now: Now) -> Option<Plan> {
         match self.phase {
-            SourcePhase::Seeding | SourcePhase::Following => self.bulk_plan(now),
+            SourcePhase::Seeding => self.bulk_plan(now),
+            SourcePhase::Following | SourcePhase::Cutting => match self.cut_stage() {
+                None | Some(Stage::Settling | Stage::Closed) => self.bulk_plan(now),
+                Some(Stage::Draining | Stage::Stopped) => None,
+                Some(Stage::Shipping) => self.cut_plan(),
+            },
             SourcePhase::Final => self.final_plan(now),
             _ => None,
         }
@@ -391,6 +465,9 @@ impl Source {
         self.counts.add(&counts);
         self.shipped += bytes;
         self.window.encoded(batch, bytes);
+        self.unencoded.remove(&batch);
+        self.cut_encoded(batch, bytes, &counts);
+        self.maybe_stop_for_cut(now);
         self.predictor.encoded(counts.total() - counts.same, bytes);
         if let Some(closing) = &mut self.closing {
             closing.encoded(now, batch, bytes, counts);
@@ -401,7 +478,12 @@ impl Source {
     pub fn handle_message(&mut self, now: Now, message: Message) {
         match message {
             Message::Welcome { version, room } => self.welcomed(now, version, room),
-            Message::Held { through, room } => self.held(now, through, room),
+            Message::Held {
+                through,
+                room,
+                left,
+                staging,
+            } => self.held(now, through, room, (left, staging)),
             Message::Readiness { reasons, .. } => {
                 self.outputs.push_back(Output::Event(Event::ReadinessChanged {
                     reasons: reasons.clone(),
@@ -410,6 +492,8 @@ impl Source {
                 self.progressed(now);
             }
             Message::Prepared { epoch, times } => self.shadow_prepared(now, epoch, times),
+            Message::Committed { epoch } => self.committed(now, epoch),
+            Message::Uncommitted { epoch, text } => self.given_up(epoch, text),
             Message::Unprepared { epoch, text } if self.phase == SourcePhase::Final && epoch == self.epoch => {
                 self.withdraw(&format!("the shadow could not prepare: {text}"));
             }
@@ -439,8 +523,12 @@ impl Source {
         self.all_held = false;
         self.ledger.owe(now, harvest);
         match self.phase {
-            SourcePhase::Final => self.final_harvest(now),
-            _ => self.consider_stop(now),
+            SourcePhase::Final | SourcePhase::Cutting => self.gathering_harvest(now),
+            _ => {
+                self.consider_stop(now);
+                self.consider_cut(now);
+                self.maybe_cut_for_staging(now);
+            }
         }
     }
 
@@ -458,11 +546,14 @@ impl Source {
 
     /// The last path went down, or the first came up. Nothing restarts: what was not acknowledged is still owed or in
     /// flight, and the link sends it again.
-    pub fn handle_link_up(&mut self, up: bool) {
+    pub fn handle_link_up(&mut self, now: Now, up: bool) {
         if self.link_up != up {
             self.link_up = up;
             self.outputs
                 .push_back(Output::Event(if up { Event::LinkUp } else { Event::LinkDown }));
+            if !up {
+                self.cut_without_link(now);
+            }
         }
     }
 
@@ -474,7 +565,38 @@ impl Source {
         }
     }
 
-    /// A step failed on this host. The guest runs on if it can.
+    /// A step failed on this host. A cut that fails is only a cut that failed; in a switchover, or outside of both, the
+    /// session ends. The guest runs on if it can.
+    pub fn handle_step_failed(&mut self, now: Now, step: StepKind, fault: Fault) {
+        let wanted = match step {
+            StepKind::Pause => self.due.pause.came(),
+            StepKind::Save => self.due.save.came(),
+            StepKind::Capture => self.due.capture.came(),
+            StepKind::Audit => self.due.audit.came(),
+            StepKind::Harvest => {
+                self.harvesting = false;
+                true
+            }
+            StepKind::Resume => {
+                self.due.resume.came();
+                true
+            }
+            StepKind::Other => true,
+        };
+        let of_cut = matches!(
+            step,
+            StepKind::Pause | StepKind::Harvest | StepKind::Save | StepKind::Capture
+        );
+        if !wanted {
+            // Of an attempt that was taken back: it was not to be anyhow.
+        } else if self.phase == SourcePhase::Cutting && of_cut {
+            self.fail_cut(now, &fault.to_string());
+        } else {
+            self.handle_failed(fault);
+        }
+    }
+
+    /// Something failed on this host that nothing goes on without, or the peer sent nonsense. The guest runs on if it can.
     pub fn handle_failed(&mut self, fault: Fault) {
         self.harvesting = false;
         self.end_by(fault);
@@ -500,7 +622,8 @@ impl Source {
     }
 
     fn bulk_plan(&mut self, now: Now) -> Option<Plan> {
-        let room = self.window.takes(self.config.batch_pages.0, Bytes::ZERO);
+        let most = self.staging_takes(self.config.batch_pages);
+        let room = most > PageCount::ZERO && self.window.takes(most.0, Bytes::ZERO);
         // covered by: nothing_is_copied_before_writes_are_recorded
         if !self.tracked || !room || self.ledger.owed() == PageCount::ZERO {
             return None;
@@ -510,14 +633,16 @@ impl Source {
         if self.all_held {
             return None;
         }
-        let (batch, pages) = self.ledger.take(now, self.config.batch_pages, hold);
+        let (batch, pages) = self.ledger.take(now, most, hold);
         self.window.planned(batch, pages.len() as u64, Bytes::ZERO);
+        self.unencoded.insert(batch);
         Some(Plan {
             batch,
             epoch: self.epoch,
             pages,
             owed_after: self.ledger.owed(),
             urgent: false,
+            captured: false,
             close: None,
             attempt: None,
         })
@@ -570,7 +695,7 @@ impl Source {
         self.ask_harvest(now);
     }
 
-    fn held(&mut self, now: Now, through: BatchId, room: Bytes) {
+    fn held(&mut self, now: Now, through: BatchId, room: Bytes, (left, staging): (PageCount, PageCount)) {
         if through > self.ledger.newest() {
             let text = format!("it holds batch {through}, which was never made");
             return self.end_by(Fault::PeerMisbehaved(text));
@@ -578,6 +703,8 @@ impl Source {
         self.ledger.held_through(through);
         self.window.applied(through);
         self.window.grant(room);
+        self.staging = (staging > PageCount::ZERO).then_some((left, staging));
+        self.maybe_cut_for_staging(now);
         self.progressed(now);
     }
 
@@ -650,8 +777,15 @@ impl Source {
     /// End the session while the guest is here.
     fn finish(&mut self, fault: Option<Fault>, text: &str) {
         let was_final = self.phase == SourcePhase::Final;
+        let cut = self.cut.take();
         if self.ended || self.make(SourcePhase::abandoned).is_err() {
+            self.cut = cut;
             return; // already over, or handed over: then only the shadow's or an operator's word ends it
+        }
+        if let Some(cut) = cut {
+            self.undo_cut(&cut);
+            self.outputs
+                .push_back(Output::Event(Event::CutFailed { text: text.to_owned() }));
         }
         if self.switching.take().is_some() {
             self.outputs
@@ -659,7 +793,7 @@ impl Source {
         }
         self.forget_final();
         if was_final {
-            self.outputs.push_back(Output::Do(Step::Resume));
+            self.ask_resume();
         }
         self.outputs
             .push_back(Output::Send(Message::Goodbye { text: text.to_owned() }));
@@ -680,7 +814,7 @@ impl Source {
         self.forget_final();
         self.outputs
             .push_back(Output::Event(Event::SwitchoverFailed { text: text.to_owned() }));
-        self.outputs.push_back(Output::Do(Step::Resume));
+        self.ask_resume();
         self.outputs
             .push_back(Output::Do(Step::Untrack(self.ledger.debt_pages())));
         self.outputs.push_back(Output::End(Outcome::Stayed {

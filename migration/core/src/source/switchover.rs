@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use umbra_units::{BatchId, Bytes, Epoch, Now, PageCount, PageId, Term};
 
+use super::gathering::Gathering;
 use super::stop::{Descent, Verdict, View};
 use super::{Outcome, Output, Plan, Source, Step};
 use crate::batch::{Close, PageCounts};
@@ -13,7 +14,6 @@ use crate::convergence::Outlook;
 use crate::digest::Digest;
 use crate::error::{Fault, Refused};
 use crate::event::Event;
-use crate::guest::StateRecord;
 use crate::limits;
 use crate::order::Order;
 use crate::phase::SourcePhase;
@@ -99,16 +99,10 @@ pub(super) struct Final {
     pub(super) attempt: Attempt,
     predicted: Duration,
     stop_pages: PageCount,
-    asked: Now,
-    paused: Option<Now>,
-    first_harvest: Option<Now>,
-    saved: Option<Now>,
-    records: Option<Vec<StateRecord>>,
-    second_harvest: Option<Now>,
+    pub(super) gathering: Gathering,
     closing_batch: Option<BatchId>,
     /// When the closing batch was handed to the link.
     sent: Option<Now>,
-    state_bytes: Bytes,
     bytes: Bytes,
     counts: PageCounts,
     prepared: Option<(Now, PrepareTimes)>,
@@ -117,56 +111,15 @@ pub(super) struct Final {
     gave_up: Option<Now>,
 }
 
-/// Answers that are still to come, of steps asked in this final epoch and in those taken back before: a host may be
-/// slow, and a new attempt may begin before it has done the steps of the last. Steps of one kind are answered in order.
-#[derive(Debug, Default)]
-pub(super) struct Due {
-    pause: Answers,
-    save: Answers,
-    audit: Answers,
-}
-
-#[derive(Debug, Default)]
-struct Answers {
-    due: u32,
-    /// Of those, answers that nobody wants any more.
-    stale: u32,
-}
-
-impl Answers {
-    /// An answer came. Whether it is this final epoch's.
-    // covered by: the_answers_of_a_withdrawn_attempt_are_not_taken_for_those_of_the_next
-    const fn came(&mut self) -> bool {
-        self.due = self.due.saturating_sub(1);
-        let wanted = self.stale == 0;
-        self.stale = self.stale.saturating_sub(1);
-        wanted
-    }
-}
-
-impl Due {
-    const fn forget(&mut self) {
-        self.pause.stale = self.pause.due;
-        self.save.stale = self.save.due;
-        self.audit.stale = self.audit.due;
-    }
-}
-
 impl Final {
     fn new(now: Now, predicted: Duration, stop_pages: PageCount, audit: bool) -> Self {
         Self {
             attempt: Attempt::default(),
             predicted,
             stop_pages,
-            asked: now,
-            paused: None,
-            first_harvest: None,
-            saved: None,
-            records: None,
-            second_harvest: None,
+            gathering: Gathering::new(now),
             closing_batch: None,
             sent: None,
-            state_bytes: Bytes::ZERO,
             bytes: Bytes::ZERO,
             counts: PageCounts {
                 same: 0,
@@ -191,16 +144,17 @@ impl Final {
 
     /// Where the pause went, given when the shadow said it runs. Missing moments make empty parts.
     fn breakdown(&self, running: Now, resume_there: Duration) -> PauseBreakdown {
-        let paused = self.paused.unwrap_or(self.asked);
-        let first = self.first_harvest.unwrap_or(paused);
-        let saved = self.saved.unwrap_or(first);
-        let second = self.second_harvest.unwrap_or(saved);
+        let gathering = &self.gathering;
+        let paused = gathering.paused.unwrap_or(gathering.asked);
+        let first = gathering.first_harvest.unwrap_or(paused);
+        let saved = gathering.saved.unwrap_or(first);
+        let second = gathering.second_harvest.unwrap_or(saved);
         let sent = self.sent.unwrap_or(second);
         let (prepared, times) = self.prepared.unwrap_or_else(|| (sent, PrepareTimes::default()));
         let us = Duration::from_micros;
         let there = us(times.apply_us) + us(times.verify_us) + us(times.restore_us);
         PauseBreakdown {
-            stop: paused.since(self.asked),
+            stop: paused.since(gathering.asked),
             harvest: first.since(paused) + second.since(saved),
             save: saved.since(first),
             encode: sent.since(second),
@@ -260,45 +214,17 @@ impl Source {
         }
     }
 
-    /// The answer to [`Step::Pause`].
-    pub fn handle_paused(&mut self, now: Now) {
-        if !self.due.pause.came() {
-            return;
-        }
-        if let Some(closing) = self.closing.as_mut().filter(|closing| closing.paused.is_none()) {
-            closing.paused = Some(now);
-        }
-    }
-
-    /// The answer to [`Step::Save`].
-    pub fn handle_saved(&mut self, now: Now, records: Vec<StateRecord>) {
-        if !self.due.save.came() {
-            return;
-        }
-        let Some(closing) = self.closing.as_mut().filter(|closing| closing.saved.is_none()) else {
-            return;
-        };
-        let size: usize = records
-            .iter()
-            .map(|record| record.bytes.len() + record.kind.len() + 12)
-            .sum();
-        if records.len() > limits::RECORDS || size > limits::CLOSE_BYTES {
-            return self.end_by(Fault::Host(format!(
-                "the guest's state is {size} bytes in {} records",
-                records.len()
-            )));
-        }
-        closing.state_bytes = Bytes::of_len(size);
-        closing.saved = Some(now);
-        closing.records = Some(records);
-    }
-
     /// The answer to [`Step::Audit`]: the pages whose memory is not what was shipped.
     pub fn handle_audited(&mut self, now: Now, differing: &[PageId]) {
         if !self.due.audit.came() {
             return; // the guest may have run on before it was compared
         }
-        let Some(closing) = &mut self.closing else { return };
+        let Some(closing) = &mut self.closing else {
+            if !differing.is_empty() {
+                self.owe_audited(now, differing);
+            }
+            return self.cut_audited(now, differing.len());
+        };
         if differing.is_empty() {
             closing.audited = true;
             self.maybe_give_up(now);
@@ -315,7 +241,7 @@ impl Source {
     pub(super) fn switchover_deadline(&self) -> Now {
         match (&self.switching, &self.closing) {
             (Some(switching), Some(closing)) if self.phase == SourcePhase::Final => {
-                closing.asked + switching.options.pause_limit
+                closing.gathering.asked + switching.options.pause_limit
             }
             (Some(switching), None) => switching.asked + switching.options.timeout,
             _ => Now::NEVER,
@@ -349,6 +275,7 @@ impl Source {
         let debt = self.ledger.debt();
         let predicted = self.predictor.pause(debt);
         let over = self.round_is_over();
+        let cutting = self.is_cutting();
         let Some(switching) = &mut self.switching else { return };
         // Harvests come while a round travels, too. A debt that was shipped is a round; so is a while.
         if over || switching.told.is_none_or(|told| now.since(told) >= ROUND_AT_LEAST) {
@@ -377,6 +304,7 @@ impl Source {
             return;
         }
         match verdict {
+            Verdict::Stop if cutting => switching.obstacle = "an epoch is being cut".to_owned(),
             Verdict::Stop => self.stop(now, predicted, debt),
             Verdict::Wait => {
                 switching.obstacle = format!("{debt} pages are left to send, and fewer with every round");
@@ -443,42 +371,21 @@ impl Source {
         self.outputs
             .push_back(Output::Event(Event::StopDecided { debt, predicted }));
         self.closing = Some(Final::new(now, predicted, debt, audit));
-        self.due.pause.due += 1;
-        self.due.save.due += 1;
-        self.outputs.push_back(Output::Do(Step::Pause));
-        // Writes that were under way when the vCPUs stopped are in the first harvest; saving device state may itself
-        // write to guest memory, and that is what the second is for (DESIGN §3.2).
-        self.harvesting = true;
-        self.outputs.push_back(Output::Do(Step::Harvest));
-        self.outputs.push_back(Output::Do(Step::Save));
-        self.outputs.push_back(Output::Do(Step::Harvest));
-    }
-
-    pub(super) fn final_harvest(&mut self, now: Now) {
-        let Some(closing) = &mut self.closing else { return };
-        // A harvest that was asked for before the pause may answer late; it counts for neither.
-        if closing.paused.is_none() {
-            self.harvesting = true;
-        } else if closing.first_harvest.is_none() {
-            closing.first_harvest = Some(now);
-            self.harvesting = true;
-        } else if closing.saved.is_some() {
-            closing.second_harvest = Some(now);
-        }
+        self.gather();
     }
 
     pub(super) fn final_plan(&mut self, now: Now) -> Option<Plan> {
         let audit = self.switching.as_ref().is_some_and(|switching| switching.options.audit);
         let closing = self.closing.as_mut()?;
-        if closing.first_harvest.is_none() || closing.closing_batch.is_some() {
+        if closing.gathering.first_harvest.is_none() || closing.closing_batch.is_some() {
             return None;
         }
-        let complete = closing.second_harvest.is_some();
+        let complete = closing.gathering.is_complete();
         if !complete && self.ledger.owed() == PageCount::ZERO {
             return None;
         }
         let most = PageCount(limits::BATCH_PAGES as u64);
-        let state = closing.state_bytes;
+        let state = closing.gathering.state_bytes;
         if !self.window.takes(most.0, state) {
             return None;
         }
@@ -487,19 +394,25 @@ impl Source {
         let owed_after = self.ledger.owed();
         let close = if complete && owed_after == PageCount::ZERO {
             closing.closing_batch = Some(batch);
-            let records = closing.records.take().expect("saved before the second harvest");
+            let records = closing
+                .gathering
+                .records
+                .take()
+                .expect("saved before the second harvest");
             if audit {
-                self.due.audit.due += 1;
+                self.due.audit.ask();
                 self.outputs.push_back(Output::Do(Step::Audit));
             }
             Some(Close {
                 digest: Digest::ZEROS,
                 audit,
+                is_final: true,
                 records,
             })
         } else {
             None
         };
+        self.unencoded.insert(batch);
         let attempt = self.closing.as_ref().map(|closing| closing.attempt.clone());
         Some(Plan {
             batch,
@@ -508,6 +421,7 @@ impl Source {
             owed_after,
             urgent: true,
             close,
+            captured: false,
             attempt,
         })
     }
@@ -588,12 +502,13 @@ impl Source {
         self.make(SourcePhase::withdrew).expect("called in Final");
         if let (Some(closing), Some(now)) = (&self.closing, self.closing.as_ref().and_then(|closing| closing.sent)) {
             self.predictor
-                .measured(&closing.breakdown(now, Duration::ZERO), closing.state_bytes);
+                .measured(&closing.breakdown(now, Duration::ZERO), closing.gathering.state_bytes);
         }
         self.forget_final();
         self.switching = None;
         self.harvesting = false;
-        self.outputs.push_back(Output::Do(Step::Resume));
+        self.ask_resume();
+        self.due.forget();
         self.outputs.push_back(Output::Send(Message::Withdraw {
             epoch: self.epoch,
             text: text.to_owned(),

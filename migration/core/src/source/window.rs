@@ -14,8 +14,10 @@ use crate::limits;
 #[derive(Debug, Default)]
 pub(super) struct Window {
     granted: Bytes,
-    out: BTreeMap<BatchId, Bytes>,
+    /// Bytes and pages of each.
+    out: BTreeMap<BatchId, (Bytes, u64)>,
     taken: Bytes,
+    pages: u64,
 }
 
 impl Window {
@@ -36,13 +38,14 @@ impl Window {
     pub(super) fn planned(&mut self, batch: BatchId, pages: u64, extra: Bytes) {
         let most = most_of(pages, extra);
         self.taken += most;
-        self.out.insert(batch, most);
+        self.pages += pages;
+        self.out.insert(batch, (most, pages));
     }
 
     /// It became so many bytes.
     pub(super) fn encoded(&mut self, batch: BatchId, bytes: Bytes) {
         // The shadow's word may come before that of our own encoder: two threads.
-        if let Some(counted) = self.out.get_mut(&batch) {
+        if let Some((counted, _)) = self.out.get_mut(&batch) {
             self.taken = self.taken.saturating_sub(*counted) + bytes;
             *counted = bytes;
         }
@@ -51,8 +54,15 @@ impl Window {
     /// Every batch up to this one was applied.
     pub(super) fn applied(&mut self, through: BatchId) {
         while let Some(first) = self.out.first_entry().filter(|first| *first.key() <= through) {
-            self.taken = self.taken.saturating_sub(first.remove());
+            let (bytes, pages) = first.remove();
+            self.taken = self.taken.saturating_sub(bytes);
+            self.pages -= pages;
         }
+    }
+
+    /// Pages on their way.
+    pub(super) const fn pages(&self) -> u64 {
+        self.pages
     }
 }
 

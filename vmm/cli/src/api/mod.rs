@@ -14,6 +14,7 @@
 //! | `PUT` | `/api/v1/pause`, `resume`, `power-button`, `reboot`, `stop`, `unprotect`, `cancel` | 204 |
 //! | `PUT` | `/api/v1/protect` | [`types::ProtectRequest`]; 204 when the shadow has answered |
 //! | `PUT` | `/api/v1/migrate` | [`types::MigrateRequest`]; 202 and [`types::Accepted`] at once |
+//! | `PUT` | `/api/v1/cut` | [`types::CutRequest`]; 202 and [`types::Accepted`] at once |
 //! | `PUT` | `/api/v1/snapshot` | [`types::SnapshotRequest`]; 202 and [`types::Accepted`] at once |
 //!
 //! What is not carried out is answered with 400 (the request is wrong), 404, 405, 409 (refused; nothing changed), 413 or

@@ -25,8 +25,8 @@ use utoipa_axum::routes;
 
 use crate::api::metrics;
 use crate::api::types::{
-    Accepted, Counters, ErrorAnswer, Event, Heat, HeatQuery, Job, MigrateRequest, Ping, ProtectRequest, ResizeRequest,
-    ResumeRequest, SnapshotRequest, Status,
+    Accepted, Counters, CutRequest, ErrorAnswer, Event, Heat, HeatQuery, Job, MigrateRequest, Ping, ProtectRequest,
+    ResizeRequest, ResumeRequest, SnapshotRequest, Status,
 };
 use crate::events;
 use crate::limits;
@@ -100,6 +100,7 @@ fn api() -> OpenApiRouter<Arc<Vm>> {
         .routes(routes!(protect))
         .routes(routes!(unprotect))
         .routes(routes!(migrate))
+        .routes(routes!(cut))
         .routes(routes!(snapshot))
         .routes(routes!(cancel));
     OpenApiRouter::with_openapi(description).nest("/api/v1", methods)
@@ -244,6 +245,12 @@ async fn unprotect(State(vm): State<Arc<Vm>>) -> Response {
 #[utoipa::path(put, path = "/migrate", request_body = Option<MigrateRequest>, responses(Started))]
 async fn migrate(State(vm): State<Arc<Vm>>, body: Wish<MigrateRequest>) -> Response {
     started(vm.migrate(&body.0))
+}
+
+/// Have the shadow commit an epoch: a consistent state of the guest, which runs on. Answered at once; the job goes on.
+#[utoipa::path(put, path = "/cut", request_body = Option<CutRequest>, responses(Started))]
+async fn cut(State(vm): State<Arc<Vm>>, body: Wish<CutRequest>) -> Response {
+    started(vm.cut(&body.0))
 }
 
 /// Take back a switchover that has not reached its commit point.

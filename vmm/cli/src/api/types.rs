@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use umbra_core::batch;
+use umbra_core::guest::CaptureBy;
 use umbra_core::report;
 use umbra_node::snapshot;
 use utoipa::ToSchema;
@@ -113,6 +114,18 @@ pub(crate) struct Status {
     pub(crate) encode: Option<EncodeStatus>,
     /// Whether a switchover is under way.
     pub(crate) switching: bool,
+    /// Whether an epoch is being cut. At a source only.
+    #[serde(default)]
+    pub(crate) cutting: bool,
+    /// The last epoch that was committed and can be gone back to.
+    #[serde(default)]
+    pub(crate) committed: Option<CommittedEpoch>,
+    /// Bytes put aside to keep it apart from what came after. At a shadow only.
+    #[serde(default)]
+    pub(crate) staged_bytes: Option<u64>,
+    /// So many at most. At a shadow only.
+    #[serde(default)]
+    pub(crate) staging_bytes: Option<u64>,
     /// Everything that speaks against a switchover now.
     pub(crate) reasons: Vec<String>,
     /// Every path that was ever up.
@@ -127,6 +140,135 @@ pub(crate) struct Status {
     pub(crate) last_error: Option<String>,
     /// Why the process is about to end.
     pub(crate) exit: Option<String>,
+}
+
+/// An epoch that the shadow committed: it can go back to it whatever comes after.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct CommittedEpoch {
+    /// Its number.
+    pub(crate) epoch: u64,
+    /// How old it is: from the instant it is of (at a source), or from when it was committed (at a shadow).
+    pub(crate) age_ms: f64,
+    /// The account of its cut. At a source only.
+    pub(crate) cut: Option<CutReport>,
+}
+
+/// What a cut did.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct CutReport {
+    /// The epoch.
+    pub(crate) epoch: u64,
+    /// Why it was cut.
+    pub(crate) reason: String,
+    /// From the request to the shadow's word that it is committed.
+    pub(crate) total_ms: f64,
+    /// Of that, until the guest was asked to stop: pages that had settled were shipped.
+    pub(crate) settle_ms: f64,
+    /// How long the guest stood still.
+    pub(crate) pause_ms: f64,
+    /// Where the pause went. The parts add up to it.
+    pub(crate) breakdown_ms: CutPause,
+    /// How the pages of the cut were kept while the guest ran on.
+    pub(crate) capture: Capture,
+    /// How many they were.
+    pub(crate) pages: u64,
+    /// Bytes of the batches that carried them.
+    pub(crate) bytes: u64,
+    /// Whether both sides compared all of memory.
+    pub(crate) audited: bool,
+}
+
+impl From<report::CutReport> for CutReport {
+    fn from(report: report::CutReport) -> Self {
+        let report::CutPause {
+            stop,
+            harvest,
+            save,
+            capture,
+            resume,
+        } = report.pause;
+        Self {
+            epoch: report.epoch.0,
+            reason: report.reason.to_string(),
+            total_ms: ms(report.total),
+            settle_ms: ms(report.settle),
+            pause_ms: ms(report.pause.pause()),
+            breakdown_ms: CutPause {
+                stop: ms(stop),
+                harvest: ms(harvest),
+                save: ms(save),
+                capture: ms(capture),
+                resume: ms(resume),
+            },
+            capture: report.by.into(),
+            pages: report.pages.0,
+            bytes: report.bytes.0,
+            audited: report.audited,
+        }
+    }
+}
+
+/// Where the pause of a cut went, in the order it happened.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, ToSchema)]
+pub(crate) struct CutPause {
+    /// Asking the vCPUs to stop until the last had.
+    pub(crate) stop: f64,
+    /// The last dirty pages.
+    pub(crate) harvest: f64,
+    /// vCPU and device state.
+    pub(crate) save: f64,
+    /// Keeping the pages as they are.
+    pub(crate) capture: f64,
+    /// Letting the vCPUs run.
+    pub(crate) resume: f64,
+}
+
+/// How the pages of a cut are kept while the guest runs on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Capture {
+    /// Copied in the pause by one thread.
+    Copy,
+    /// Copied in the pause by several threads.
+    Parallel,
+    /// Write-protected in the pause, and copied before the guest's first write to each.
+    Protect,
+}
+
+impl From<CaptureBy> for Capture {
+    fn from(by: CaptureBy) -> Self {
+        match by {
+            CaptureBy::Copy => Self::Copy,
+            CaptureBy::ParallelCopy => Self::Parallel,
+            CaptureBy::Protect => Self::Protect,
+        }
+    }
+}
+
+impl From<Capture> for CaptureBy {
+    fn from(by: Capture) -> Self {
+        match by {
+            Capture::Copy => Self::Copy,
+            Capture::Parallel => Self::ParallelCopy,
+            Capture::Protect => Self::Protect,
+        }
+    }
+}
+
+/// `PUT /api/v1/cut`. What is `null` or missing is as `umbra cut --help` says.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct CutRequest {
+    /// How long pages that have settled may be shipped before the guest is stopped.
+    pub(crate) settle_ms: Option<f64>,
+    /// Give up when the last page could not be handed to the link within this time.
+    pub(crate) timeout_ms: Option<f64>,
+    /// Send with parity, because somebody waits for it.
+    pub(crate) urgent: bool,
+    /// How the pages are kept while the guest runs on; as seems best, if `null`.
+    pub(crate) capture: Option<Capture>,
+    /// What is compared.
+    pub(crate) verify: Option<Verify>,
 }
 
 /// How batches were compressed and contents kept.
@@ -370,6 +512,9 @@ pub(crate) struct Job {
     pub(crate) report: Option<SwitchoverReport>,
     /// What it did, if it was a snapshot that succeeded.
     pub(crate) snapshot: Option<SnapshotReport>,
+    /// What it did, if it was a cut that succeeded.
+    #[serde(default)]
+    pub(crate) cut: Option<CutReport>,
 }
 
 /// What was asked for.
@@ -380,6 +525,8 @@ pub(crate) enum JobKind {
     Migrate,
     /// Keep it in a folder.
     Snapshot,
+    /// Have the shadow commit an epoch.
+    Cut,
 }
 
 /// How a job stands.

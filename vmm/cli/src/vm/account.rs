@@ -6,7 +6,7 @@ use umbra_paths::{LinkStats, PathState, Suspicion};
 use umbra_quic::{PathSpec, Stats};
 
 use super::{Here, Place, Session, Vm};
-use crate::api::types::{GuestState, Job, LinkStatus, Outlook, PathStatus, Ping, Role, Status, ms};
+use crate::api::types::{CommittedEpoch, GuestState, Job, LinkStatus, Outlook, PathStatus, Ping, Role, Status, ms};
 use crate::events::{shadow_word, word};
 
 impl Vm {
@@ -88,6 +88,10 @@ impl Vm {
             counts: None,
             encode: None,
             switching: state.switching(),
+            cutting: false,
+            committed: None,
+            staged_bytes: None,
+            staging_bytes: None,
             reasons: Vec::new(),
             paths: Vec::new(),
             link: None,
@@ -132,6 +136,7 @@ impl Status {
             encode,
             link,
             last_error,
+            committed_age,
         } = protection;
         let SourceStatus {
             phase,
@@ -160,6 +165,15 @@ impl Status {
         self.counts = Some((*counts).into());
         self.encode = Some((*encode).into());
         self.reasons.clone_from(&source.reasons);
+        self.cutting = source.cutting;
+        self.committed = source
+            .committed
+            .zip(*committed_age)
+            .map(|(committed, age)| CommittedEpoch {
+                epoch: committed.epoch.0,
+                age_ms: ms(age),
+                cut: Some(committed.report.into()),
+            });
         self.last_error = last_error.clone().or_else(|| self.last_error.take());
         self.add_link(link.as_ref(), Some(&session.paths));
     }
@@ -169,9 +183,22 @@ impl Status {
             shadow,
             link,
             last_error,
+            committed_age,
         } = status;
         self.phase = Some(shadow_word(shadow.phase));
         self.reasons.clone_from(&shadow.reasons);
+        self.committed = shadow
+            .committed
+            .zip(*committed_age)
+            .map(|((epoch, _), age)| CommittedEpoch {
+                epoch: epoch.0,
+                age_ms: ms(age),
+                cut: None,
+            });
+        if shadow.committed.is_some() {
+            self.staged_bytes = Some(shadow.staged.used.0 * umbra_units::PAGE_SIZE as u64);
+            self.staging_bytes = Some(shadow.staged.most.0 * umbra_units::PAGE_SIZE as u64);
+        }
         self.last_error = last_error.clone().or_else(|| self.last_error.take());
         if let Some(hello) = &shadow.hello {
             self.guest = Some(hello.guest.to_string());

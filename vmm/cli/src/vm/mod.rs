@@ -22,6 +22,7 @@
 //! signals; [`crate::process`] does.
 
 mod account;
+mod cut;
 mod request;
 mod snapshot;
 
@@ -44,7 +45,7 @@ use umbra_units::{Bytes, GuestId, SessionId, Term};
 
 use self::request::Wanted;
 use crate::api::types::{
-    Counters, Heat, Job, JobKind, JobState, MigrateRequest, ProtectRequest, ResizeRequest, SnapshotReport,
+    Counters, CutReport, Heat, Job, JobKind, JobState, MigrateRequest, ProtectRequest, ResizeRequest, SnapshotReport,
     SwitchoverReport, ms,
 };
 use crate::events::{Events, Teller, word};
@@ -178,6 +179,7 @@ struct Here {
 enum Done {
     Moved(Box<SwitchoverReport>),
     Kept(Box<SnapshotReport>),
+    Cut(Box<CutReport>),
 }
 
 #[derive(Clone)]
@@ -231,6 +233,15 @@ impl State {
         Ok(())
     }
 
+    fn not_cutting(&self) -> Result<(), Denied> {
+        if self.has_job(JobKind::Cut) {
+            return Err(Denied::Refused(
+                "a cut is under way; wait for it or `cancel` it".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+
     /// Note down a long job that begins; its number.
     fn begin_job(&mut self, kind: JobKind) -> u64 {
         self.jobs += 1;
@@ -241,6 +252,7 @@ impl State {
             error: None,
             report: None,
             snapshot: None,
+            cut: None,
         });
         self.jobs
     }
@@ -425,12 +437,17 @@ impl Vm {
             let here = state.here()?;
             state.not_switching()?;
             state.not_keeping()?;
+            state.not_cutting()?;
             if here.paused {
                 return Ok(());
             }
             Arc::clone(&here.resident.guest)
         };
-        blocking(move || guest.pause()).await??;
+        self.hold_cuts(true).await;
+        if let Err(error) = blocking(move || guest.pause()).await.and_then(|paused| Ok(paused?)) {
+            self.hold_cuts(false).await;
+            return Err(error);
+        }
         self.note_paused(true);
         Ok(())
     }
@@ -447,7 +464,7 @@ impl Vm {
             if let Place::Shadow(_) = &state.place {
                 return Err(Denied::Refused(
                     "the guest is not here: `migrate` at its source brings it; if the source is dead for good, \
-                     `resume --peer-is-dead` runs what stands prepared"
+                     `resume --peer-is-dead` runs what stands prepared or was committed"
                         .to_owned(),
                 ));
             }
@@ -461,6 +478,7 @@ impl Vm {
         };
         blocking(move || guest.resume()).await??;
         self.note_paused(false);
+        self.hold_cuts(false).await;
         Ok(())
     }
 
@@ -607,6 +625,10 @@ impl Vm {
             json!({ "to": request.to, "peer": peer.to_string() }),
         );
         tokio::spawn(Arc::clone(self).follow(session, protection, events));
+        let stands = self.state().here().is_ok_and(|here| here.paused) || self.state().has_job(JobKind::Snapshot);
+        if stands {
+            self.hold_cuts(true).await;
+        }
         Ok(())
     }
 
@@ -779,6 +801,7 @@ impl Vm {
             };
             state.not_switching()?;
             state.not_keeping()?;
+            state.not_cutting()?;
             if here.paused {
                 return Err(Denied::Refused(
                     "the guest is paused, and would run where it arrives; `resume` it first".to_owned(),
@@ -815,6 +838,7 @@ impl Vm {
             match result {
                 Ok(Done::Moved(report)) => (job.state, job.report) = (JobState::Done, Some(*report)),
                 Ok(Done::Kept(report)) => (job.state, job.snapshot) = (JobState::Done, Some(*report)),
+                Ok(Done::Cut(report)) => (job.state, job.cut) = (JobState::Done, Some(*report)),
                 Err(error) => (job.state, job.error) = (JobState::Failed, Some(error)),
             }
             job.clone()
@@ -822,13 +846,16 @@ impl Vm {
         self.events.tell(Teller::Job, "job-finished", json!(job));
     }
 
-    /// Take a switchover or a snapshot back.
+    /// Take a switchover, a cut or a snapshot back.
     pub(crate) async fn cancel(&self) -> Result<(), Denied> {
         if self.cancel_snapshot() {
             return Ok(());
         }
         let session = self.state().here()?.session.clone();
         let session = session.ok_or_else(|| Denied::Refused("no switchover is under way".to_owned()))?;
+        if self.state().has_job(JobKind::Cut) {
+            return Ok(session.protection.cancel_cut().await?);
+        }
         Ok(session.protection.cancel_switchover().await?)
     }
 

@@ -4,13 +4,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use umbra_core::source::SwitchoverOptions;
+use umbra_core::source::{CutOptions, SwitchoverOptions};
 use umbra_node::ProtectConfig;
 use umbra_quic::{Fingerprint, Identity, PathSpec, Peers};
 use umbra_units::Bytes;
 
 use super::Denied;
-use crate::api::types::{Compression, MigrateRequest, ProtectRequest, Verify};
+use crate::api::types::{Compression, CutRequest, MigrateRequest, ProtectRequest, Verify};
 use crate::limits;
 
 /// What `protect` asks for, checked.
@@ -78,6 +78,18 @@ impl Wanted {
             config,
         })
     }
+}
+
+/// What `cut` asks for, checked.
+pub(super) fn cut(request: &CutRequest) -> Result<CutOptions, Denied> {
+    let default = CutOptions::default();
+    Ok(CutOptions {
+        settle: span("settle_ms", request.settle_ms)?.unwrap_or(default.settle),
+        timeout: span("timeout_ms", request.timeout_ms)?.unwrap_or(default.timeout),
+        urgent: request.urgent,
+        capture: request.capture.map(Into::into),
+        audit: request.verify == Some(Verify::Full),
+    })
 }
 
 fn within(field: &str, got: usize, most: usize) -> Result<(), Denied> {

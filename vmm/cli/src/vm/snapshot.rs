@@ -44,6 +44,7 @@ impl Vm {
             let here = state.here()?;
             state.not_switching()?;
             state.not_keeping()?;
+            state.not_cutting()?;
             let snapshots = Arc::clone(&here.snapshots);
             // Nobody holds it: only a snapshot under way does.
             let snapshotter = snapshots.lock().unwrap_or_else(PoisonError::into_inner);
@@ -67,18 +68,27 @@ impl Vm {
         self.events.tell(Teller::Job, "job-started", started);
         tokio::spawn(Arc::clone(self).tell_snapshot(job, Arc::clone(&watch)));
         let vm = Arc::clone(self);
-        tokio::task::spawn_blocking(move || {
-            let guest = wanted.identity.guest.to_string();
-            let taken = snapshots
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(&wanted, &watch);
-            if taken.is_ok() && wanted.runs && wanted.after == After::StayPaused {
-                vm.note_paused(true);
+        tokio::spawn(async move {
+            vm.hold_cuts(true).await;
+            let keeper = Arc::clone(&vm);
+            let stands = tokio::task::spawn_blocking(move || {
+                let (vm, guest) = (keeper, wanted.identity.guest.to_string());
+                let taken = snapshots
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .take(&wanted, &watch);
+                let stays = taken.is_ok() && wanted.after == After::StayPaused;
+                if stays && wanted.runs {
+                    vm.note_paused(true);
+                }
+                vm.state().snapshot = None;
+                let kept = |report| Done::Kept(Box::new(SnapshotReport::of(&report, guest)));
+                vm.finish_job(JobKind::Snapshot, taken.map(kept).map_err(|error| error.to_string()));
+                stays || !wanted.runs
+            });
+            if !stands.await.unwrap_or(false) {
+                vm.hold_cuts(false).await;
             }
-            vm.state().snapshot = None;
-            let kept = |report| Done::Kept(Box::new(SnapshotReport::of(&report, guest)));
-            vm.finish_job(JobKind::Snapshot, taken.map(kept).map_err(|error| error.to_string()));
         });
         Ok(job)
     }
