@@ -67,8 +67,6 @@ impl Rate {
 pub enum Class {
     /// Nothing has touched it since the guest was built: zeros, which never travel.
     Free,
-    /// Zeros when it last travelled: given back by the balloon, or cleared. Costs its number at most.
-    Zero,
     /// Not written lately.
     Cold,
     /// Written now and then: less than once in two seconds.
@@ -81,14 +79,7 @@ pub enum Class {
 
 impl Class {
     /// All of them, coldest first.
-    pub const ALL: [Self; 6] = [
-        Self::Free,
-        Self::Zero,
-        Self::Cold,
-        Self::Warm,
-        Self::Hot,
-        Self::Deferred,
-    ];
+    pub const ALL: [Self; 5] = [Self::Free, Self::Cold, Self::Warm, Self::Hot, Self::Deferred];
 
     /// Written at least so often is warm: once in twenty seconds.
     pub const WARM: Rate = Rate(0.05);
@@ -110,7 +101,6 @@ impl Class {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Free => "free",
-            Self::Zero => "zero",
             Self::Cold => "cold",
             Self::Warm => "warm",
             Self::Hot => "hot",
@@ -121,7 +111,7 @@ impl Class {
 
 /// How many pages are of which class, in the order of [`Class::ALL`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct ClassCounts(pub [u64; 6]);
+pub struct ClassCounts(pub [u64; 5]);
 
 impl ClassCounts {
     /// One more page of this class.

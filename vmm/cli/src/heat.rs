@@ -150,7 +150,6 @@ const fn sign(class: Option<Class>) -> char {
     match class {
         None => ' ',
         Some(Class::Free) => '.',
-        Some(Class::Zero) => '0',
         Some(Class::Cold) => '-',
         Some(Class::Warm) => '+',
         Some(Class::Hot) => '#',
@@ -163,7 +162,6 @@ fn colour(region: &RegionHeat) -> [u8; 3] {
     match look(&region.classes) {
         None => [0, 0, 0],
         Some(Class::Free) => [24, 24, 32],
-        Some(Class::Zero) => [32, 48, 48],
         Some(Class::Cold) => [32, 48, 128],
         Some(Class::Warm) => [160, 64, 128],
         Some(Class::Hot) => [240, 96, 32],
@@ -264,14 +262,13 @@ impl Outlook {
 
 impl HeatClasses {
     /// Each class by its name, coldest first.
-    pub(crate) fn named(&self) -> [(&'static str, u64); 6] {
-        let pages = [self.free, self.zero, self.cold, self.warm, self.hot, self.deferred];
+    pub(crate) fn named(&self) -> [(&'static str, u64); 5] {
+        let pages = [self.free, self.cold, self.warm, self.hot, self.deferred];
         core::array::from_fn(|n| (Class::ALL[n].name(), pages[n]))
     }
 
     fn add(&mut self, other: &Self) {
         self.free += other.free;
-        self.zero += other.zero;
         self.cold += other.cold;
         self.warm += other.warm;
         self.hot += other.hot;
@@ -281,10 +278,9 @@ impl HeatClasses {
 
 impl From<ClassCounts> for HeatClasses {
     fn from(counts: ClassCounts) -> Self {
-        let [free, zero, cold, warm, hot, deferred] = counts.0;
+        let [free, cold, warm, hot, deferred] = counts.0;
         Self {
             free,
-            zero,
             cold,
             warm,
             hot,
@@ -352,7 +348,6 @@ space 0: 256.0 KiB, 64.0 KiB to a character
        20000   -
 
   .  free             16 pages    64.0 KiB
-  0  zero              0 pages         0 B
   -  cold             29 pages   116.0 KiB
   +  warm              0 pages         0 B
   #  hot               3 pages    12.0 KiB

@@ -17,8 +17,8 @@ use super::client::{Client, EventStream};
 use super::openapi;
 use super::server::Server;
 use super::types::{
-    Accepted, Captures, Counters, Event, GuestState, Job, JobKind, JobState, ProtectRequest, Role, SnapshotKind,
-    Status, VcpuCounters,
+    Accepted, Captures, Counters, Event, GuestState, Heat, Job, JobKind, JobState, Order, ProtectRequest, Role,
+    SnapshotKind, Status, VcpuCounters,
 };
 use crate::events::Events;
 use crate::exit::{Code, Failure};
@@ -420,6 +420,48 @@ async fn a_guest_is_kept_beside_a_session_and_whoever_listens_hears_how_it_went(
     let moved: Job = serde_json::from_value(next(&mut events, "job-finished").await.properties).unwrap();
     assert_eq!((moved.kind, moved.state), (JobKind::Migrate, JobState::Done));
     assert!(builder.built().unwrap().is_sound());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_heat_of_memory_is_known_while_a_shadow_follows() {
+    let toy = running_toy();
+    let source = Process::running(&toy);
+    let nobody = source.client.get::<Heat>("heat").await.unwrap_err();
+    assert_eq!(nobody.text, "no shadow follows the guest, so nobody looks");
+    let (shadow, _builder, addr) = Process::shadow_of(&source, false);
+    source.protect(&shadow, &addr).await;
+    source.assert_described("heat").await;
+    let pages = source.status().await.pages.unwrap();
+    for regions in [1, 2, 16_384] {
+        let heat: Heat = source.client.get(&format!("heat?regions={regions}")).await.unwrap();
+        let all: u64 = heat
+            .spaces
+            .iter()
+            .flat_map(|space| &space.regions)
+            .flat_map(|region| region.classes.named())
+            .map(|(_, pages)| pages)
+            .sum();
+        assert_eq!(all, pages, "every page once");
+        assert!(heat.spaces.iter().all(|space| space.regions.len() <= regions));
+    }
+    for (query, why) in [
+        ("regions=0", "regions: expected 1 to 16384, got 0"),
+        ("regions=16385", "regions: expected 1 to 16384, got 16385"),
+        ("regions=many", "regions: a number expected"),
+        ("colour=red", "regions: a number expected"),
+    ] {
+        let refused = source.client.get::<Heat>(&format!("heat?{query}")).await.unwrap_err();
+        assert_eq!(
+            (refused.code, refused.text.as_str()),
+            (Code::BadArguments, why),
+            "{query}"
+        );
+    }
+    let outlook = source.status().await.outlook.unwrap();
+    assert_eq!(outlook.order, Order::ColdFirst);
+    let metrics = source.client.get_bytes("metrics").await.unwrap();
+    let metrics = String::from_utf8(metrics.to_vec()).unwrap();
+    assert!(metrics.contains("umbra_heat_pages{class=\"cold\"} "), "{metrics}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

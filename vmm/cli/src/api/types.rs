@@ -363,8 +363,6 @@ pub(crate) struct DebtFloor {
 pub(crate) struct HeatClasses {
     /// Never touched since the guest was built: they do not travel.
     pub(crate) free: u64,
-    /// Zeros when they last travelled.
-    pub(crate) zero: u64,
     /// Less than once in twenty seconds.
     pub(crate) cold: u64,
     /// Less than once in two seconds.
