@@ -223,7 +223,7 @@ impl Console {
     }
 
     /// How often it has beaten in its life, as far as is known.
-    const fn counted(&self) -> usize {
+    pub const fn counted(&self) -> usize {
         self.before + self.beats.len()
     }
 

@@ -256,6 +256,26 @@ impl Vm {
         Ok((vm, report))
     }
 
+    /// Cut an epoch of it, with these fields of the request, and wait until the shadow has committed it; the account.
+    pub fn cut(&self, request: &Value) -> Result<Value> {
+        let done = self.job_ends(self.begin_cut(request)?)?;
+        ensure!(done["state"] == "done", "the cut failed: {done}");
+        Ok(done["cut"].clone())
+    }
+
+    /// Ask for a cut. The job's number.
+    pub fn begin_cut(&self, request: &Value) -> Result<u64> {
+        let accepted = self.process.put("cut", request)?;
+        accepted["job"].as_u64().context("a job's number")
+    }
+
+    /// Wait for the end of a cut that fails; why.
+    pub fn cut_fails(&self, job: u64) -> Result<String> {
+        let done = self.job_ends(job)?;
+        ensure!(done["state"] == "failed", "expected a cut that fails: {done}");
+        Ok(done["error"].as_str().unwrap_or_default().to_owned())
+    }
+
     /// Keep it in the folder `to`, with these fields of the request; the report.
     pub fn keep(&self, to: &Path, request: &Value) -> Result<Value> {
         let done = self.keeping_ends(to, request)?;
@@ -300,6 +320,16 @@ impl Vm {
         Self {
             process: restored.process,
             console: self.console,
+        }
+    }
+
+    /// The guest was lost with its process, and goes back in the shadow's to what it was at a cut: from a beat of before.
+    #[must_use]
+    pub fn goes_back_in(self, shadow: Shadow) -> Self {
+        let console = Console::in_the_middle(Arc::clone(shadow.process.serial()));
+        Self {
+            process: shadow.process,
+            console,
         }
     }
 

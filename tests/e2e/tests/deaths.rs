@@ -224,7 +224,7 @@ fn a_source_killed_while_following_leaves_a_shadow_that_lets_another_in_after_a_
             .process
             .refuses("resume", &json!({ "peer_is_dead": true }))?;
         ensure!(
-            refused.contains("following"),
+            refused.contains("no epoch is committed"),
             "what is no consistent cut must not run: {refused}"
         );
         ensure!(scene.shadow.is_silent(), "the shadow ran what is no consistent cut");
