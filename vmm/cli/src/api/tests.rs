@@ -564,10 +564,11 @@ async fn the_word_that_the_guest_runs_arrives_after_an_outage_of_every_path() {
     let relay = Relay::start(RelayConfig::to(shadow_addr, Weather::clear())).unwrap();
     source.protect(&shadow, &format!("quic:{}", relay.addr())).await;
     let mut events = source.client.events().await.unwrap();
-    let _: Accepted = source.client.put_for("migrate", &json!({})).await.unwrap();
-    // The only path dies after the guest was given up; only then does it start at the shadow.
-    next(&mut events, "gave-up").await;
     let mut there = shadow.client.events().await.unwrap();
+    let _: Accepted = source.client.put_for("migrate", &json!({})).await.unwrap();
+    // The only path dies after the shadow was told; only then does the guest start there.
+    next(&mut events, "gave-up").await;
+    while next(&mut there, "phase").await.properties["to"] != "starting" {}
     relay.blackout(true);
     next(&mut events, "link-down").await;
     start.send(()).unwrap();
