@@ -10,7 +10,7 @@ use std::time::Duration;
 use umbra_core::batch::Batch;
 use umbra_core::error::Fault;
 use umbra_core::event::Event;
-use umbra_core::guest::{Captured, Guest, GuestError, Harvest, PageBytes, PageReader, Space, StateRecord};
+use umbra_core::guest::{CaptureBy, Captured, Guest, GuestError, Harvest, PageBytes, PageReader, Space, StateRecord};
 use umbra_core::heat::Class;
 use umbra_core::phase::{ShadowPhase, SourcePhase};
 use umbra_core::predict::LinkFacts;
@@ -303,8 +303,9 @@ impl Pair {
             }
             Step::Capture(pages, by) => {
                 let captured = self.here.capture(&pages, by).unwrap();
-                self.source.handle_captured(self.now, captured.by());
-                self.captured = Some(captured);
+                if self.source.handle_captured(self.now, captured.by()) {
+                    self.captured = Some(captured);
+                }
             }
             Step::Release => self.captured = None,
             Step::Resume => {
@@ -1193,6 +1194,36 @@ fn a_cut_that_fails_anywhere_leaves_the_guest_running_and_loses_no_write() {
         switchover(&mut pair, SwitchoverOptions::default());
         assert!(pair.there.runs());
     }
+}
+
+#[test]
+fn pages_captured_for_a_cut_that_was_taken_back_are_not_wanted() {
+    // They were kept until the next cut: as much memory as they are, and the guest's writes to them waited for copies.
+    let (mut pair, nothing) = (following(10), Harvest::default());
+    let now = pair.now;
+    pair.source.cut(now, CutOptions::default()).unwrap();
+    pair.source.handle_harvest(now, &nothing);
+    pair.source.handle_paused(now);
+    pair.source.handle_harvest(now, &nothing);
+    pair.source.handle_saved(now, number(1));
+    pair.source.handle_harvest(now, &nothing);
+    let asked: Vec<_> = std::iter::from_fn(|| pair.source.poll_output()).collect();
+    assert!(
+        asked
+            .iter()
+            .any(|output| matches!(output, source::Output::Do(source::Step::Capture(..))))
+    );
+    pair.source.cancel_cut(now).unwrap();
+    assert!(
+        !pair.source.handle_captured(now, CaptureBy::Copy),
+        "of a cut that is over"
+    );
+
+    pair.source.cut(now, CutOptions::default()).unwrap();
+    assert!(
+        !pair.source.handle_captured(now, CaptureBy::Copy),
+        "and not of the next"
+    );
 }
 
 #[test]

@@ -489,9 +489,9 @@ impl SourceEnd {
             SourceAnswer::Saved(records) => self.source.handle_saved(a.now, records),
             SourceAnswer::Captured(captured) => {
                 a.oracle.moments.push(Moment::Captured);
-                let by = captured.by();
-                self.captured = Some(captured);
-                self.source.handle_captured(a.now, by);
+                if self.source.handle_captured(a.now, captured.by()) {
+                    self.captured = Some(captured);
+                }
             }
             SourceAnswer::Audited(differing) => self.source.handle_audited(a.now, &differing),
             SourceAnswer::Resumed => self.source.handle_resumed(a.now),

@@ -374,9 +374,9 @@ impl SourceTask {
             Answer::Paused => self.source.handle_paused(at),
             Answer::Saved(records) => self.source.handle_saved(at, records),
             Answer::Captured(captured) => {
-                let by = captured.by();
-                self.captured = Some(captured);
-                self.source.handle_captured(at, by);
+                if self.source.handle_captured(at, captured.by()) {
+                    self.captured = Some(captured);
+                }
             }
             Answer::Resumed => self.source.handle_resumed(at),
             Answer::Encoder(Done::Audited(differing)) => self.source.handle_audited(at, &differing),

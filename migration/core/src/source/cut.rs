@@ -291,14 +291,21 @@ impl Source {
         }
     }
 
-    /// The answer to [`Step::Capture`].
-    pub fn handle_captured(&mut self, now: Now, by: CaptureBy) {
+    /// The answer to [`Step::Capture`]. Whether it is wanted: pages captured for a cut that was taken back meanwhile are let
+    /// go of at once, because no [`Step::Release`] comes after them.
+    // covered by: pages_captured_for_a_cut_that_was_taken_back_are_not_wanted
+    #[must_use]
+    pub fn handle_captured(&mut self, now: Now, by: CaptureBy) -> bool {
         if !self.due.capture.came() {
-            return;
+            return false;
         }
-        if let Some(cut) = self.cut.as_mut().filter(|cut| cut.stage == Stage::Stopped) {
-            cut.captured = Some((now, by));
-            cut.stage = Stage::Shipping;
+        match self.cut.as_mut().filter(|cut| cut.stage == Stage::Stopped) {
+            Some(cut) => {
+                cut.captured = Some((now, by));
+                cut.stage = Stage::Shipping;
+                true
+            }
+            None => false,
         }
     }
 
