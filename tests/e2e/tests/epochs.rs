@@ -17,7 +17,7 @@ const WAYS: [&str; 3] = ["copy", "parallel", "protect"];
 
 /// A link on which a cut of a few MiB takes a while.
 fn narrow() -> Weather {
-    Weather::link(Bandwidth::mbit(40), Duration::from_millis(2))
+    Weather::link(Bandwidth::mbit(60), Duration::from_millis(2))
 }
 
 struct Scene {
@@ -46,6 +46,14 @@ fn followed(world: &World, guest: &Guest, staging: Option<&str>) -> Result<Scene
         shadow,
         roads,
     })
+}
+
+/// Another session of a process that has followed, been followed or cut before: those lead to `following` as well, and the
+/// first copy is what tells this one's from theirs.
+fn follow_anew(vm: &mut Vm, shadow: &Shadow, roads: &Roads) -> Result<()> {
+    vm.protect(shadow, roads)?;
+    vm.process.until("the first copy", phase("seeding"))?;
+    vm.is_following()
 }
 
 /// The number of the epoch that a side says is committed.
@@ -103,10 +111,7 @@ impl Scene {
         }
         let shadow = there.shadow_for(&here)?;
         let roads = world.roads(&shadow, &[Weather::clear(); 2])?;
-        vm.protect(&shadow, &roads)?;
-        // Cuts lead back to following as well: the first copy is what tells this session's from the last one's.
-        vm.process.until("the first copy", phase("seeding"))?;
-        vm.is_following()?;
+        follow_anew(&mut vm, &shadow, &roads)?;
         let mut scene = Self {
             here,
             there,
@@ -183,7 +188,13 @@ fn goes_back_to_its_cut(way: &str, guest: &Guest) {
         let lost = scene.vm.console.counted();
         scene.vm.process.kill()?;
         scene.shadow.process.until("the loss is told", named("link-down"))?;
-        let Scene { vm, shadow, .. } = scene;
+        let Scene {
+            here,
+            there,
+            vm,
+            shadow,
+            ..
+        } = scene;
         ensure!(shadow.is_silent(), "the shadow ran without being told");
         let status = shadow.process.status()?;
         ensure!(
@@ -203,7 +214,21 @@ fn goes_back_to_its_cut(way: &str, guest: &Guest) {
             (before..lost).contains(&began),
             "cut after beat {before}, lost at {lost}, went on from {began}"
         );
-        vm.stop()
+        // Where it runs now, it is followed and cut as it was before.
+        let shadow = here.shadow_for(&there)?;
+        let roads = world.roads(&shadow, &[Weather::clear(); 2])?;
+        follow_anew(&mut vm, &shadow, &roads)?;
+        let mut scene = Scene {
+            here: there,
+            there: here,
+            vm,
+            shadow,
+            roads,
+        };
+        scene.commits(&json!({ "capture": way }))?;
+        scene.commits(&json!({ "capture": way, "verify": "full" }))?;
+        scene.vm.checks_on(5_000)?;
+        scene.vm.stop()
     });
 }
 
