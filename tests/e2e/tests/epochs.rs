@@ -436,6 +436,19 @@ fn a_paused_guest_is_not_let_run_by_a_cut() {
 }
 
 #[test]
+fn a_guest_that_was_paused_and_runs_again_is_cut_as_before() {
+    story(|world| {
+        let mut scene = followed(world, &Guest::dirty("20M", "mixed"), None)?;
+        for _ in 0..3 {
+            scene.vm.process.put("pause", &json!(null))?;
+            scene.vm.process.put("resume", &json!(null))?;
+            scene.commits(&json!({}))?;
+        }
+        scene.vm.stop()
+    });
+}
+
+#[test]
 fn a_cut_under_way_is_in_the_way_of_pause_move_and_snapshot_and_they_of_it() {
     story(|world| {
         let mut scene = followed(world, &busy(), None)?;
